@@ -1,7 +1,7 @@
 """The manifest that every folder handed from one stage to the next carries, and the atomic way to finish such a folder.
 
-A stage writes into a temporary sibling, then `commit_folder` makes it durable and renames it: a reader sees a whole folder
-or none. `read_manifest` refuses a folder of another kind or version with the remedy in the message.
+A stage writes into a temporary sibling, then `commit_folder` makes it durable and renames it: a reader sees a whole
+folder or none. `read_manifest` refuses a folder of another kind or version with the remedy in the message.
 """
 
 import hashlib
@@ -38,15 +38,15 @@ def write_json_atomically(path: Path, content: Any) -> None:
 
 
 def write_manifest(folder: str | Path, kind: str, version: int, **fields: Any) -> None:
-    """Write `manifest.json` atomically: the last file of a stage, since its presence says that the folder is complete."""
+    """Write `manifest.json` atomically: a stage's last file, since its presence says that the folder is complete."""
     write_json_atomically(Path(folder) / MANIFEST_NAME, {"kind": kind, "format_version": version, **fields})
 
 
 def read_manifest(folder: str | Path, kind: str, version: int, *, remedy: str) -> dict[str, Any]:
     """Return the manifest's fields.
 
-    Raises ValueError naming the folder and `remedy` when the folder or its manifest is missing, is not JSON, is of another
-    kind, or has another format version.
+    Raises ValueError naming the folder and `remedy` when the folder or its manifest is missing, is not JSON, is of
+    another kind, or has another format version.
     """
     path = Path(folder) / MANIFEST_NAME
     if not Path(folder).is_dir():
@@ -57,11 +57,14 @@ def read_manifest(folder: str | Path, kind: str, version: int, *, remedy: str) -
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); {remedy}") from error
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path} holds no JSON object; {remedy}")
     if manifest.get("kind") != kind:
         raise ValueError(f"{folder} holds a {manifest.get('kind')!r}, a {kind} was expected; {remedy}")
     if manifest.get("format_version") != version:
         raise ValueError(
-            f"{folder} has format version {manifest.get('format_version')}, this program reads version {version}; {remedy}"
+            f"{folder} has format version {manifest.get('format_version')}, this program reads version {version}; "
+            f"{remedy}"
         )
     return manifest
 
@@ -72,10 +75,18 @@ def commit_folder(temporary: Path, final: Path) -> None:
         if path.is_file():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
+    for folder in (temporary, *(path for path in temporary.rglob("*") if path.is_dir())):
+        fsync_folder(folder)
+    replaced = final.with_name(f".{final.name}.replaced")
+    if replaced.exists():
+        shutil.rmtree(replaced)
     if final.exists():
-        shutil.rmtree(final)
+        # Renamed, not removed, first: a kill in between leaves both whole folders on disk.
+        os.replace(final, replaced)
     os.replace(temporary, final)
     fsync_folder(final.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
 def fsync_folder(folder: Path) -> None:

@@ -1,0 +1,118 @@
+"""Exact search in tiles, plain torch on any device's CPU: the definition that the other backends must reproduce.
+
+A tile of float32 products finds every entry that could enter a query's top k (its error is bounded), float64 decides:
+exact after every tile, so block sizes never show in the result. Shape letters: Q queries, B base rows, N pairs, K
+neighbours.
+"""
+
+import numpy as np
+import torch
+
+from mining.duplicates import ALLOWED, ExclusionCount, tile_causes
+from mining.problem import SearchProblem, TopK
+from mining.similarity import (
+    SPARSE_SHARE,
+    approximate_similarity,
+    approximation_error,
+    exact_entries,
+    exact_tile,
+    load_rows,
+    product_error,
+    score,
+)
+from mining.top_k import RunningTopK
+
+BASE_BLOCK = 8192
+
+
+class ReferenceSearch:
+    """Exact search of a SearchProblem; the base streams past each block of queries in tiles of `base_block` rows."""
+
+    name = "reference"
+
+    def __init__(self, problem: SearchProblem, *, base_block: int = BASE_BLOCK):
+        if base_block < 1:
+            raise ValueError(f"base_block={base_block}, but a tile needs at least 1 row")
+        self.problem = problem
+        self.base_block = base_block
+
+    def search(self, query_ids_Q: np.ndarray) -> TopK:
+        """Hard pairs of the pairs `query_ids_Q` (int64 [Q]); queries without an embedding get none."""
+        problem, limits = self.problem, self.problem.limits
+        live_Q = problem.valid_N[query_ids_Q]
+        state = RunningTopK(int(live_Q.sum()), limits.k, limits.floor)
+        excluded = ExclusionCount(len(state.ids_QK))
+        live_ids_Q = query_ids_Q[live_Q]
+        query = (load_rows(problem.image_ND, live_ids_Q), load_rows(problem.text_ND, live_ids_Q))
+        for start in range(0, len(problem) if len(live_ids_Q) else 0, self.base_block):
+            base_ids_B = np.arange(start, min(start + self.base_block, len(problem)))
+            rows = slice(start, start + self.base_block)
+            base = (load_rows(problem.image_ND, rows), load_rows(problem.text_ND, rows))
+            search_tile(problem, live_ids_Q, base_ids_B, query, base, state, excluded)
+        return spread(state, excluded, live_Q)
+
+
+def search_tile(
+    problem: SearchProblem,
+    query_ids_Q: np.ndarray,
+    base_ids_B: np.ndarray,
+    query: tuple[torch.Tensor, torch.Tensor],
+    base: tuple[torch.Tensor, torch.Tensor],
+    state: RunningTopK,
+    excluded: ExclusionCount,
+) -> None:
+    """Offer every candidate of one tile to the running top k, and count the tile's duplicates."""
+    approximate = tuple(approximate_similarity(query[modality], base[modality]) for modality in (0, 1))
+    cause_QB = tile_causes(problem, query_ids_Q, base_ids_B, query, base, approximate)
+    excluded.add_tile(cause_QB, base_ids_B)
+    error = product_error(*(approximation_error(rows.shape[1]) for rows in query))
+    threshold_Q = torch.from_numpy(state.threshold_Q)
+    candidate_QB = score(*approximate) > (threshold_Q - error).float()[:, None]
+    candidate_QB &= cause_QB == ALLOWED
+    if int(candidate_QB.sum()) * SPARSE_SHARE > candidate_QB.numel():
+        candidate_QB = narrow_exactly(query, base, cause_QB == ALLOWED, threshold_Q, state.k)
+    rows_S, columns_S = candidate_QB.nonzero(as_tuple=True)
+    if not len(rows_S):
+        return
+    exact = [exact_entries(query[modality], base[modality], rows_S, columns_S).numpy() for modality in (0, 1)]
+    state.merge(rows_S.numpy(), base_ids_B[columns_S.numpy()], *exact)
+
+
+def narrow_exactly(
+    query: tuple[torch.Tensor, torch.Tensor],
+    base: tuple[torch.Tensor, torch.Tensor],
+    allowed_QB: torch.Tensor,
+    threshold_Q: torch.Tensor,
+    k: int,
+) -> torch.Tensor:
+    """bool [Q, B]: at most the k best of each row of the tile, ties by lower column, all above the row's threshold.
+
+    For tiles with many candidates (the first ones, or rows full of ties), where testing one by one would cost more.
+    """
+    score_QB = score(exact_tile(query[0], base[0]), exact_tile(query[1], base[1]))
+    score_QB[~allowed_QB] = -1.0
+    kept = min(k, score_QB.shape[1])
+    kth_Q1 = score_QB.topk(kept, dim=1).values[:, -1:]
+    above_QB = score_QB > kth_Q1
+    tie_QB = score_QB == kth_Q1
+    tie_QB &= tie_QB.cumsum(dim=1) <= kept - above_QB.sum(dim=1, keepdim=True)
+    return (above_QB | tie_QB) & (score_QB > threshold_Q[:, None])
+
+
+def spread(state: RunningTopK, excluded: ExclusionCount, live_Q: np.ndarray) -> TopK:
+    """The answer for all queries of the block: those without an embedding get empty rows, proven like the others."""
+    num_queries = len(live_Q)
+
+    def full(values: np.ndarray, fill: float) -> np.ndarray:
+        rows = np.full((num_queries, values.shape[1]), fill, values.dtype)
+        rows[live_Q] = values
+        return rows
+
+    return TopK(
+        ids_QK=full(state.ids_QK, -1),
+        image_similarity_QK=full(state.image_similarity_QK, 0.0),
+        text_similarity_QK=full(state.text_similarity_QK, 0.0),
+        num_excluded_QC=full(excluded.num_excluded_QC, 0),
+        excluded_example_QC=full(excluded.example_QC, -1),
+        certified_Q=np.ones(num_queries, bool),
+    )

@@ -1,0 +1,62 @@
+"""Cosines of float16 unit rows: a fast float32 tile with a proven error bound, and exact values in float64.
+
+Why float64 is exact here: a float16 number is a multiple of 2^-24, so a product of two is a multiple of 2^-48; with
+unit rows every partial sum stays below 2 (Cauchy-Schwarz). 49 bits hold such a sum and float64 has 53, so no addition
+rounds, in whatever order it is done. Exact values make the search independent of block sizes, libraries and machines.
+
+Shape letters: Q query rows, B base rows, D embedding width, S selected (query, base) entries of a tile.
+"""
+
+import numpy as np
+import torch
+
+# Rows may be 5e-3 longer than one, and float16 rounding adds 2^-12: the product of two lengths stays below this.
+LENGTH_PRODUCT_BOUND = 1.02
+FLOAT32_ROUNDING = 2.0**-24
+# Entries of a tile that are cheaper to compute one by one than as a whole float64 tile: below one in this many.
+SPARSE_SHARE = 256
+GATHER_ROWS = 4096
+
+
+def load_rows(rows_ND: np.ndarray, ids: slice | np.ndarray) -> torch.Tensor:
+    """float16 tensor of the rows `ids`; copies, since a memory map is read-only."""
+    return torch.from_numpy(np.array(rows_ND[ids]))
+
+
+def approximate_similarity(query_QD: torch.Tensor, base_BD: torch.Tensor) -> torch.Tensor:
+    """float32 [Q, B] cosines of float16 rows, each within `approximation_error(D)` of the exact one."""
+    assert torch.get_float32_matmul_precision() == "highest", "the error bound is that of full float32 products"
+    return query_QD.float() @ base_BD.float().T
+
+
+def approximation_error(width: int) -> float:
+    """Bound on a float32 dot product of `width` terms in any order, terms exact: (D-1)u times the sum of |x_i y_i|."""
+    return 1.01 * width * FLOAT32_ROUNDING * LENGTH_PRODUCT_BOUND
+
+
+def product_error(image_error: float, text_error: float) -> float:
+    """Bound on the clamped product of two approximate cosines, the product's own rounding and a cast included."""
+    return LENGTH_PRODUCT_BOUND * (image_error + text_error) + image_error * text_error + 4 * FLOAT32_ROUNDING
+
+
+def exact_tile(query_QD: torch.Tensor, base_BD: torch.Tensor) -> torch.Tensor:
+    """float64 [Q, B], exact."""
+    return query_QD.double() @ base_BD.double().T
+
+
+def exact_entries(
+    query_QD: torch.Tensor, base_BD: torch.Tensor, rows_S: torch.Tensor, columns_S: torch.Tensor
+) -> torch.Tensor:
+    """float64 [S], exact: the entries (rows_S, columns_S) of the tile."""
+    if len(rows_S) * SPARSE_SHARE > len(query_QD) * len(base_BD):
+        return exact_tile(query_QD, base_BD)[rows_S, columns_S]
+    parts = [
+        (query_QD[rows].double() * base_BD[columns].double()).sum(dim=1)
+        for rows, columns in zip(rows_S.split(GATHER_ROWS), columns_S.split(GATHER_ROWS), strict=True)
+    ]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+
+def score(image_similarity: torch.Tensor, text_similarity: torch.Tensor) -> torch.Tensor:
+    """max(s_image, 0) * max(s_text, 0): two dissimilarities never make a hard pair."""
+    return image_similarity.clamp(min=0) * text_similarity.clamp(min=0)
