@@ -1,0 +1,185 @@
+"""Symmetric InfoNCE over all ranks' rows with the hard-negative margin loss (HNML): checks, choice of backend, call."""
+
+import functools
+import logging
+import math
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor
+
+from kernels.contrastive import function
+from kernels.contrastive.function import FEATURE_DTYPES, Options
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "reference", "blockwise", "triton")
+MARGIN_SPACES = ("cosine", "logits")
+MARGIN_DIRECTIONS = ("image_to_text", "text_to_image", "both")
+
+
+@dataclass(frozen=True)
+class ContrastiveOutput:
+    """Terms over all ranks' rows, the same on every rank; 0-d, float32 (float64 for float64 features).
+
+    loss: contrastive + margin_weight * margin, in nats; differentiable. The others carry no gradient.
+    contrastive: mean over rows and directions of the cross entropy, in nats.
+    margin: the hard-negative margin loss before its weight, in cosine or logit units; 0 without hard pairs.
+    image_accuracy: share of images whose own text is strictly the most similar; text_accuracy: share of texts whose
+    image is.
+    """
+
+    loss: Tensor
+    contrastive: Tensor
+    margin: Tensor
+    image_accuracy: Tensor
+    text_accuracy: Tensor
+
+
+@dataclass(frozen=True)
+class ContrastiveGradients:
+    """The terms (none differentiable) and the gradients of `terms.loss`, float32 (float64 for float64 features).
+
+    d_image_BD, d_text_BD: of this rank's rows, times the world size. d_logit_scale: 0-d; its mean over ranks is exact.
+    """
+
+    terms: ContrastiveOutput
+    d_image_BD: Tensor
+    d_text_BD: Tensor
+    d_logit_scale: Tensor
+
+
+def contrastive_loss(
+    image_BD: Tensor,
+    text_BD: Tensor,
+    logit_scale: Tensor,
+    *,
+    hard_per_anchor: int = 0,
+    margin_weight: float = 0.0,
+    margin_space: str = "cosine",
+    margin_direction: str = "both",
+    label_smoothing: float = 0.0,
+    process_group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
+) -> ContrastiveOutput:
+    """Symmetric InfoNCE plus HNML over the rows of all ranks, without the B x G matrix of logits (except `reference`).
+
+    image_BD, text_BD: unit rows of this rank, [B, D], float32, bfloat16, float16 or float64, row i of one the positive
+        of row i of the other. B may differ between ranks and be 0; D is any width.
+    logit_scale: 0-d or [1], positive, already exponentiated.
+    hard_per_anchor: P. Rows come in groups of 1 + P: an anchor, then its P hard pairs. All rows enter the contrastive
+    term.
+    margin_weight, margin_space, margin_direction: weight of HNML, its unit ("cosine" or "logits") and its direction
+        ("image_to_text", "text_to_image" or their mean, "both"). For an anchor i with hard pairs H_i and m_i = min
+        over H_i of s_ih: mean over anchors of (1/G) * sum over columns j outside i and H_i of max(0, s_ij - m_i).
+    label_smoothing: in [0, 1), over all G columns, as torch.nn.functional.cross_entropy.
+    process_group: a torch.distributed group: the loss covers all its ranks' rows. None: this process alone.
+    backend: "blockwise" (tiled torch, any device), "reference" (the definition; forms the whole matrix), "triton", or
+        "auto", which logs its choice once.
+
+    Gradients follow open_clip's ClipLoss(local_loss=True, gather_with_grad=True): a rank's feature gradients are world
+    size times the gradient of the global mean, and the mean over ranks of the logit_scale gradients is exact, so an
+    engine that averages gradients over ranks ends with the exact gradient. Nothing is computed for an input that needs
+    no gradient. Memory beyond inputs, gathered rows and gradients is O(B + G) and a tile. Collective: every rank of
+    the group calls.
+
+    Raises ValueError or TypeError for a wrong shape, dtype, device, group layout or setting.
+    Sources: CLIP (Radford et al. 2021) figure 3; HELIP (arXiv 2305.05208) equation 6 for the margin.
+    """
+    options = _checked_options(hard_per_anchor, margin_weight, margin_space, margin_direction, label_smoothing)
+    _check_tensors(image_BD, text_BD, logit_scale)
+    chosen = _choose_backend(backend, image_BD.device.type)
+    layout = function.exchange_layout(image_BD, options.group_rows, process_group)
+    if chosen == "reference":
+        return ContrastiveOutput(*function.reference_terms(image_BD, text_BD, logit_scale, options, layout))
+    return ContrastiveOutput(*function.ContrastiveFunction.apply(image_BD, text_BD, logit_scale, options, layout))
+
+
+def contrastive_gradients(
+    image_BD: Tensor,
+    text_BD: Tensor,
+    logit_scale: Tensor,
+    *,
+    hard_per_anchor: int = 0,
+    margin_weight: float = 0.0,
+    margin_space: str = "cosine",
+    margin_direction: str = "both",
+    label_smoothing: float = 0.0,
+    process_group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
+) -> ContrastiveGradients:
+    """Terms and gradients of `contrastive_loss` in one call, without autograd: for steps that cache features.
+
+    Arguments, conventions and errors are those of `contrastive_loss`. Feature gradients stay in float32 for 16-bit
+    features.
+    Collective: every rank of the group calls.
+    """
+    options = _checked_options(hard_per_anchor, margin_weight, margin_space, margin_direction, label_smoothing)
+    _check_tensors(image_BD, text_BD, logit_scale)
+    chosen = _choose_backend(backend, image_BD.device.type)
+    layout = function.exchange_layout(image_BD, options.group_rows, process_group)
+    compute = function.reference_gradients if chosen == "reference" else function.blockwise_gradients
+    terms, gradients = compute(image_BD.detach(), text_BD.detach(), logit_scale.detach(), options, layout)
+    return ContrastiveGradients(ContrastiveOutput(*terms), *gradients)
+
+
+def _checked_options(
+    hard_per_anchor: int, margin_weight: float, margin_space: str, margin_direction: str, label_smoothing: float
+) -> Options:
+    if isinstance(hard_per_anchor, bool) or not isinstance(hard_per_anchor, int):
+        raise TypeError(
+            f"hard_per_anchor={hard_per_anchor!r} must be an int, the number of hard pairs after each anchor"
+        )
+    if hard_per_anchor < 0:
+        raise ValueError(f"hard_per_anchor={hard_per_anchor} must be 0 (no hard pairs) or more")
+    if not (math.isfinite(margin_weight) and margin_weight >= 0):
+        raise ValueError(f"margin_weight={margin_weight} must be a finite number of at least 0; 0 turns the margin off")
+    if margin_weight > 0 and hard_per_anchor == 0:
+        raise ValueError(
+            f"margin_weight={margin_weight} needs hard pairs: set hard_per_anchor to at least 1, or margin_weight to 0"
+        )
+    if margin_space not in MARGIN_SPACES:
+        raise ValueError(f"margin_space={margin_space!r} must be one of {', '.join(MARGIN_SPACES)}")
+    if margin_direction not in MARGIN_DIRECTIONS:
+        raise ValueError(f"margin_direction={margin_direction!r} must be one of {', '.join(MARGIN_DIRECTIONS)}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing={label_smoothing} must be at least 0 and below 1")
+    return Options(hard_per_anchor, float(margin_weight), margin_space, margin_direction, float(label_smoothing))
+
+
+def _check_tensors(image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor) -> None:
+    for name, value in (("image_BD", image_BD), ("text_BD", text_BD), ("logit_scale", logit_scale)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, not {type(value).__name__}")
+    if image_BD.dim() != 2 or image_BD.shape != text_BD.shape or image_BD.shape[1] == 0:
+        raise ValueError(
+            f"image_BD and text_BD must be matrices of one shape [B, D] with D >= 1, "
+            f"not {list(image_BD.shape)} and {list(text_BD.shape)}"
+        )
+    if image_BD.dtype not in FEATURE_DTYPES or image_BD.dtype != text_BD.dtype:
+        allowed = ", ".join(str(dtype) for dtype in FEATURE_DTYPES)
+        raise ValueError(
+            f"image_BD and text_BD must share one dtype of {allowed}, not {image_BD.dtype} and {text_BD.dtype}"
+        )
+    if logit_scale.shape not in ((), (1,)) or not logit_scale.dtype.is_floating_point:
+        raise ValueError(
+            f"logit_scale must be a floating-point tensor of shape [] or [1], not {logit_scale.dtype} {list(logit_scale.shape)}"
+        )
+    devices = {image_BD.device, text_BD.device, logit_scale.device}
+    if len(devices) > 1:
+        raise ValueError(f"image_BD, text_BD and logit_scale must be on one device, not {sorted(map(str, devices))}")
+
+
+def _choose_backend(backend: str, device_type: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
+    if backend == "triton":
+        raise ValueError("backend='triton' is not available in this build: use 'auto' or 'blockwise'")
+    return _automatic_backend(device_type) if backend == "auto" else backend
+
+
+@functools.cache
+def _automatic_backend(device_type: str) -> str:
+    """Cached, so that the choice is logged once for a kind of device."""
+    logger.info("contrastive_loss on %s: backend 'auto' takes 'blockwise'", device_type)
+    return "blockwise"

@@ -1,0 +1,263 @@
+"""Tiled sweeps over the cosines of this rank's rows `x` and all ranks' rows `y`: never more than one tile of them
+exists.
+
+`forward_sweep` (one product) yields log-sum-exp and hinge statistics of rows and columns, `gradient_sweep` (one
+product again, plus one per wanted output) applies the finished statistics. The diagonal, positive pairs, is left out
+of every tile product. Images as `x` and texts as `y`, or the other way round: both sweeps are symmetric in their
+meaning.
+
+Shape letters: `B` rows of this rank, `G` rows of all ranks, `D` embedding, `A` anchors among the rows at hand. Row i
+of `x` is the partner of row `offset + i` of `y`. Statistics are float64: they are O(B + G), and float32 would cost
+digits at scale 100.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROW_TILE = 512
+COLUMN_TILE = 2048
+
+
+@dataclass(frozen=True)
+class Hinges:
+    """Thresholds of the margin loss in cosine units: a non-negative excess over them is what HNML punishes.
+
+    row_A / column_A: threshold of each anchor among the rows / columns, None where that direction is off.
+    Rows come in groups of `group_rows`, the anchor first; a group's own block has no hinge.
+    """
+
+    group_rows: int
+    row_A: Tensor | None
+    column_A: Tensor | None
+
+
+@dataclass
+class Statistics:
+    """What one forward sweep knows; `*_max` in cosine units, `*_sum` of exp(scale * (cosine - max)), all float64."""
+
+    row_max_B: Tensor
+    row_sum_B: Tensor
+    column_max_G: Tensor
+    column_sum_G: Tensor
+    tile_diagonal_B: Tensor
+    row_hinge_A: Tensor
+    row_active_A: Tensor
+    column_hinge_A: Tensor
+    column_active_A: Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tiles(num_rows: int, tile: int, group_rows: int) -> Iterator[tuple[int, int]]:
+    """Half-open ranges of whole groups, about `tile` rows each."""
+    step = max(tile // group_rows, 1) * group_rows
+    for start in range(0, num_rows, step):
+        yield start, min(start + step, num_rows)
+
+
+def forward_sweep(
+    x_BD: Tensor, y_GD: Tensor, *, scale: float, offset: int, hinges: Hinges, row_tile: int, column_tile: int
+) -> Statistics:
+    """Statistics of x_BD @ y_GD.T off the diagonal."""
+    stats = _empty_statistics(len(x_BD), len(y_GD), hinges, x_BD.device)
+    dtype = accumulation_dtype(x_BD.dtype)
+    stats.tile_diagonal_B = x_BD.new_zeros(len(x_BD), dtype=dtype)
+    group = hinges.group_rows
+    buffers = _Buffers(2, row_tile, column_tile, group, dtype, x_BD.device)
+    for i0, i1 in tiles(len(x_BD), row_tile, group):
+        x_tile = x_BD[i0:i1].to(dtype)
+        for j0, j1 in tiles(len(y_GD), column_tile, group):
+            cosine, work = buffers.views(i1 - i0, j1 - j0)
+            torch.mm(x_tile, y_GD[j0:j1].to(dtype).T, out=cosine)
+            band = _band(offset + i0, offset + i1, j0, j1)
+            if band is not None:
+                diagonal = cosine[band].diagonal()
+                first = i0 + band[0].start
+                stats.tile_diagonal_B[first : first + len(diagonal)] = diagonal
+                diagonal.fill_(-torch.inf)
+            _merge(stats.row_max_B[i0:i1], stats.row_sum_B[i0:i1], cosine, work, 1, scale)
+            _merge(stats.column_max_G[j0:j1], stats.column_sum_G[j0:j1], cosine, work, 0, scale)
+            if band is not None and (hinges.row_A is not None or hinges.column_A is not None):
+                _exclude_groups(cosine[band], group)
+            _add_hinges(stats, hinges, cosine, work, (i0, i1), (j0, j1))
+    return stats
+
+
+def gradient_sweep(
+    x_BD: Tensor,
+    y_GD: Tensor,
+    *,
+    scale: float,
+    offset: int,
+    hinges: Hinges,
+    row_lse_B: Tensor,
+    column_lse_G: Tensor,
+    hinge_weight: float,
+    want_x: bool,
+    want_y: bool,
+    want_scale: bool,
+    row_tile: int,
+    column_tile: int,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Off-diagonal part of (d x_BD, d y_GD, sum of cosine times softmax gradient), unwanted ones None or 0 (float64).
+
+    The gradient with respect to cosine (i, j) is exp(s_ij - row_lse_i) + exp(s_ij - column_lse_j), and outside the
+    groups hinge_weight for exceeding the row's threshold, again for the column's.
+    """
+    dtype = accumulation_dtype(x_BD.dtype)
+    dx_BD = x_BD.new_zeros(x_BD.shape, dtype=dtype) if want_x else None
+    dy_GD = y_GD.new_zeros(y_GD.shape, dtype=dtype) if want_y else None
+    scale_sum = torch.zeros((), dtype=torch.float64, device=x_BD.device)
+    group = hinges.group_rows
+    row_shift_B, column_shift_G = (row_lse_B / scale).to(dtype), (column_lse_G / scale).to(dtype)
+    buffers = _Buffers(3, row_tile, column_tile, group, dtype, x_BD.device)
+    for i0, i1 in tiles(len(x_BD), row_tile, group):
+        x_tile = x_BD[i0:i1].to(dtype)
+        for j0, j1 in tiles(len(y_GD), column_tile, group):
+            cosine, gradient, work = buffers.views(i1 - i0, j1 - j0)
+            y_tile = y_GD[j0:j1].to(dtype)
+            torch.mm(x_tile, y_tile.T, out=cosine)
+            band = _band(offset + i0, offset + i1, j0, j1)
+            torch.sub(cosine, row_shift_B[i0:i1, None], out=gradient).mul_(scale).exp_()
+            gradient.add_(torch.sub(cosine, column_shift_G[None, j0:j1], out=work).mul_(scale).exp_())
+            if band is not None:
+                gradient[band].diagonal().zero_()
+            if want_scale:
+                scale_sum += torch.dot(gradient.view(-1), cosine.view(-1))
+            if band is not None and (hinges.row_A is not None or hinges.column_A is not None):
+                _exclude_groups(cosine[band], group)
+            if hinges.row_A is not None:
+                threshold = hinges.row_A[i0 // group : i1 // group, None]
+                gradient[::group].add_(cosine[::group] > threshold, alpha=hinge_weight)
+            if hinges.column_A is not None:
+                threshold = hinges.column_A[None, j0 // group : j1 // group]
+                gradient[:, ::group].add_(cosine[:, ::group] > threshold, alpha=hinge_weight)
+            if dx_BD is not None:
+                dx_BD[i0:i1].addmm_(gradient, y_tile)
+            if dy_GD is not None:
+                dy_GD[j0:j1].addmm_(gradient.T, x_tile)
+    return dx_BD, dy_GD, scale_sum
+
+
+def row_dots(x_BD: Tensor, y_BD: Tensor, *, row_tile: int) -> Tensor:
+    """float64 [B] dot products of matching rows: the positive pairs."""
+    dots_B = x_BD.new_zeros(len(x_BD), dtype=torch.float64)
+    for i0, i1 in tiles(len(x_BD), row_tile, 1):
+        torch.sum(x_BD[i0:i1].double() * y_BD[i0:i1].double(), dim=1, out=dots_B[i0:i1])
+    return dots_B
+
+
+def mean_row(x_GD: Tensor, *, row_tile: int) -> Tensor:
+    """float64 [D] mean over the rows."""
+    sum_D = x_GD.new_zeros(x_GD.shape[1], dtype=torch.float64)
+    for i0, i1 in tiles(len(x_GD), row_tile, 1):
+        sum_D += x_GD[i0:i1].double().sum(0)
+    return sum_D / len(x_GD)
+
+
+def hard_minimum(anchor_BD: Tensor, hard_BD: Tensor, group_rows: int, *, row_tile: int) -> tuple[Tensor, Tensor]:
+    """Smallest cosine of each group's anchor (taken from the first tensor) with its hard rows (from the second), and
+    its row.
+
+    Returns (threshold_A in the accumulation dtype, row_A int64: the first row that attains it).
+    """
+    dtype = accumulation_dtype(anchor_BD.dtype)
+    num_groups = len(anchor_BD) // group_rows
+    threshold_A = anchor_BD.new_zeros(num_groups, dtype=dtype)
+    row_A = torch.zeros(num_groups, dtype=torch.int64, device=anchor_BD.device)
+    for i0, i1 in tiles(len(anchor_BD), row_tile, group_rows):
+        a0, a1 = i0 // group_rows, i1 // group_rows
+        anchors = anchor_BD[i0:i1:group_rows].to(dtype)
+        hard = hard_BD[i0:i1].unflatten(0, (-1, group_rows))[:, 1:].to(dtype)
+        cosine = torch.bmm(hard, anchors[:, :, None])[:, :, 0]
+        index = cosine.argmin(1)
+        threshold_A[a0:a1] = cosine.gather(1, index[:, None])[:, 0]
+        row_A[a0:a1] = torch.arange(i0, i1, group_rows, device=index.device) + 1 + index
+    return threshold_A, row_A
+
+
+def log_sum_exp(max_B: Tensor, sum_B: Tensor, scale: float) -> Tensor:
+    """Logit units; -inf where nothing was summed, NaN where something was not a number."""
+    return _finite_or_zero(max_B) * scale + sum_B.log()
+
+
+def rescale(old_max_B: Tensor, new_max_B: Tensor, scale: float) -> Tensor:
+    """exp(scale * (old - new)), 0 where nothing was summed under the old maximum."""
+    return torch.exp(scale * (old_max_B - _finite_or_zero(new_max_B)))
+
+
+class _Buffers:
+    """Tile-sized scratch memory, handed out as contiguous matrices."""
+
+    def __init__(self, num: int, row_tile: int, column_tile: int, group_rows: int, dtype: torch.dtype, device):
+        size = max(row_tile, group_rows) * max(column_tile, group_rows)
+        self.flat = [torch.empty(size, dtype=dtype, device=device) for _ in range(num)]
+
+    def views(self, rows: int, columns: int) -> list[Tensor]:
+        return [flat[: rows * columns].view(rows, columns) for flat in self.flat]
+
+
+def _empty_statistics(num_rows: int, num_columns: int, hinges: Hinges, device: torch.device) -> Statistics:
+    def full(size: int, value: float) -> Tensor:
+        return torch.full((size,), value, dtype=torch.float64, device=device)
+
+    row_anchors, column_anchors = num_rows // hinges.group_rows, num_columns // hinges.group_rows
+    return Statistics(
+        row_max_B=full(num_rows, -torch.inf),
+        row_sum_B=full(num_rows, 0.0),
+        column_max_G=full(num_columns, -torch.inf),
+        column_sum_G=full(num_columns, 0.0),
+        tile_diagonal_B=full(num_rows, 0.0),
+        row_hinge_A=full(row_anchors if hinges.row_A is not None else 0, 0.0),
+        row_active_A=full(row_anchors if hinges.row_A is not None else 0, 0.0),
+        column_hinge_A=full(column_anchors if hinges.column_A is not None else 0, 0.0),
+        column_active_A=full(column_anchors if hinges.column_A is not None else 0, 0.0),
+    )
+
+
+def _finite_or_zero(max_B: Tensor) -> Tensor:
+    return torch.where(max_B == -torch.inf, 0.0, max_B)
+
+
+def _band(i0: int, i1: int, j0: int, j1: int) -> tuple[slice, slice] | None:
+    """The tile's square of rows and columns that are partners, or None."""
+    low, high = max(i0, j0), min(i1, j1)
+    return (slice(low - i0, high - i0), slice(low - j0, high - j0)) if low < high else None
+
+
+def _merge(max_B: Tensor, sum_B: Tensor, cosine: Tensor, work: Tensor, dim: int, scale: float) -> None:
+    """Fold a tile into the running (max, sum) along `dim`."""
+    tile_max = cosine.amax(dim, keepdim=True)
+    reference = _finite_or_zero(tile_max)
+    tile_sum = torch.sub(cosine, reference, out=work).mul_(scale).exp_().sum(dim)
+    tile_max = tile_max.flatten().double()
+    new_max = torch.maximum(max_B, tile_max)
+    sum_B.mul_(rescale(max_B, new_max, scale)).add_(tile_sum.double() * rescale(tile_max, new_max, scale))
+    max_B.copy_(new_max)
+
+
+def _exclude_groups(block: Tensor, group_rows: int) -> None:
+    """Take the blocks of each group with itself out of the hinge's reach."""
+    own = block.unflatten(0, (-1, group_rows)).unflatten(2, (-1, group_rows)).diagonal(dim1=0, dim2=2)
+    own.fill_(-torch.inf)
+
+
+def _add_hinges(
+    stats: Statistics, hinges: Hinges, cosine: Tensor, work: Tensor, rows: tuple[int, int], columns: tuple[int, int]
+) -> None:
+    group = hinges.group_rows
+    if hinges.row_A is not None:
+        own = slice(rows[0] // group, rows[1] // group)
+        excess = torch.sub(cosine[::group], hinges.row_A[own, None], out=work[::group]).relu_()
+        stats.row_hinge_A[own] += excess.sum(1)
+        stats.row_active_A[own] += (excess > 0).sum(1)
+    if hinges.column_A is not None:
+        own = slice(columns[0] // group, columns[1] // group)
+        excess = torch.sub(cosine[:, ::group], hinges.column_A[None, own], out=work[:, ::group]).relu_()
+        stats.column_hinge_A[own] += excess.sum(0)
+        stats.column_active_A[own] += (excess > 0).sum(0)
