@@ -1,0 +1,203 @@
+"""PairStore: image-text pairs with dense ids 0..N-1, written once by `train.ingest`, read by id everywhere else.
+
+A folder:
+    index.json         MDS index over every shard file; sample i of the whole is pair_id i. Streaming reads it as it is.
+    shards/*/*.mds     columns caption (str), image (bytes as found), key (str), pair_id (int)
+    ledger.parquet     row i = pair_id i: pair_id, key, shard, image_sha256, caption_hash, width, height
+    rejected.parquet   shard, key, reason of everything that was left out
+    checksums.npy      uint32 [N], CRC-32 of each sample as stored (without its pair_id): finds a damaged shard on read
+    ingest.json        what the store was made from (train.ingest.plan)
+    manifest.json      written last: counts, parameters, fingerprint, sizes of the files above
+
+In: such a folder. Out: pairs by id, the ledger, and the groups of equal images and equal captions.
+"""
+
+import json
+import operator
+import unicodedata
+import zlib
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mining.manifest import read_manifest
+
+KIND = "PairStore"
+FORMAT_VERSION = 1
+INDEX_NAME = "index.json"
+LEDGER_NAME = "ledger.parquet"
+REJECTED_NAME = "rejected.parquet"
+CHECKSUMS_NAME = "checksums.npy"
+SHARDS_FOLDER = "shards"
+# streaming writes columns in the order of their names: pair_id is last and eight bytes wide, so every stored sample ends in it.
+MDS_COLUMNS = {"caption": "str", "image": "bytes", "key": "str", "pair_id": "int"}
+PAIR_ID_BYTES = 8
+REMEDY = "make it again with `python -m train.ingest --shards ... --out FOLDER`"
+
+
+class PairSample(NamedTuple):
+    image: bytes
+    caption: str
+    pair_id: int
+    key: str
+
+
+class PairStore:
+    """Random access to the pairs of a folder made by `train.ingest`.
+
+    Opening reads the manifest and the MDS index and compares the size of every file; ledger, checksums and Streaming's
+    readers are loaded when first used. A store pickles into DataLoader workers without what it has loaded. Importing
+    Streaming takes seconds: read one pair before forking workers, and they inherit it.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], shard_infos: list[dict[str, Any]]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.fingerprint: str = manifest["fingerprint"]
+        self._shard_infos = shard_infos
+        self._first_ids = np.concatenate([[0], np.cumsum([info["samples"] for info in shard_infos], dtype=np.int64)])
+        self._loaded: dict[str, Any] = {}
+
+    @classmethod
+    def open(cls, path: str | Path) -> "PairStore":
+        """Open and check a store.
+
+        Raises ValueError, naming the file and the remedy, for a folder that is no finished PairStore, a store of another
+        format version, a missing file, a file of another size than was written, and counts that disagree.
+        """
+        folder = Path(path)
+        manifest = read_manifest(folder, KIND, FORMAT_VERSION, remedy=REMEDY)
+        for name, size in manifest["files"].items():
+            check_size(folder / name, size)
+        index_path = folder / INDEX_NAME
+        try:
+            shard_infos = json.loads(index_path.read_text(encoding="utf-8"))["shards"]
+            for info in shard_infos:
+                check_size(folder / info["raw_data"]["basename"], info["raw_data"]["bytes"])
+            store = cls(folder, manifest, shard_infos)
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{index_path} is damaged ({error!r}); {REMEDY}") from error
+        store._check_counts()
+        return store
+
+    def _check_counts(self) -> None:
+        num_pairs = self.manifest["num_pairs"]
+        counts = {INDEX_NAME: len(self), LEDGER_NAME: self._ledger_rows(), CHECKSUMS_NAME: len(self._checksums_N)}
+        for name, count in counts.items():
+            if count != num_pairs:
+                raise ValueError(f"{self.path / name} holds {count} pairs, the manifest says {num_pairs}; {REMEDY}")
+
+    def _ledger_rows(self) -> int:
+        try:
+            return pq.read_metadata(self.path / LEDGER_NAME).num_rows
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{self.path / LEDGER_NAME} is damaged ({error}); {REMEDY}") from error
+
+    def __len__(self) -> int:
+        return int(self._first_ids[-1])
+
+    def __getitem__(self, pair_id: int) -> PairSample:
+        """The pair with this id, 0 <= pair_id < N.
+
+        Raises IndexError outside the range, and ValueError naming the shard file when what it holds is not what was
+        written there.
+        """
+        pair_id = operator.index(pair_id)
+        if not 0 <= pair_id < len(self):
+            raise IndexError(f"pair_id={pair_id} is outside 0..{len(self) - 1} of {self.path}")
+        shard = int(np.searchsorted(self._first_ids, pair_id, side="right")) - 1
+        reader = self._readers()[shard]
+        file = self.path / self._shard_infos[shard]["raw_data"]["basename"]
+        try:
+            data = reader.get_sample_data(pair_id - int(self._first_ids[shard]))
+        except (OSError, ValueError, IndexError) as error:
+            raise damaged_shard(file, pair_id, str(error)) from error
+        if sample_checksum(data) != self._checksums_N[pair_id]:
+            raise damaged_shard(file, pair_id, "its checksum differs")
+        sample = reader.decode_sample(data)
+        if sample["pair_id"] != pair_id:
+            raise damaged_shard(file, pair_id, f"it holds pair_id {sample['pair_id']} there")
+        return PairSample(sample["image"], sample["caption"], pair_id, sample["key"])
+
+    @property
+    def ledger(self) -> pa.Table:
+        """pair_id int64, key, shard, image_sha256, caption_hash (str), width, height int32; row i is pair_id i."""
+        return self._load("ledger", lambda: self._read_ledger(None))
+
+    @property
+    def image_group_N(self) -> np.ndarray:
+        """int32 [N], dense from 0: equal numbers mean that the image files have the same bytes."""
+        return self._load("image_group_N", lambda: self._groups("image_sha256"))
+
+    @property
+    def caption_group_N(self) -> np.ndarray:
+        """int32 [N], dense from 0: equal numbers mean that the captions are equal after `normalise_caption`."""
+        return self._load("caption_group_N", lambda: self._groups("caption_hash"))
+
+    def _groups(self, column: str) -> np.ndarray:
+        # large_string: the dictionary of 64 hex digits a pair passes 2 GiB at 33 million pairs.
+        hashes = self._read_ledger([column])[column].cast(pa.large_string()).combine_chunks()
+        return hashes.dictionary_encode().indices.to_numpy().astype(np.int32, copy=False)
+
+    def _read_ledger(self, columns: list[str] | None) -> pa.Table:
+        try:
+            return pq.read_table(self.path / LEDGER_NAME, columns=columns)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{self.path / LEDGER_NAME} is damaged ({error}); {REMEDY}") from error
+
+    @property
+    def _checksums_N(self) -> np.ndarray:
+        return self._load("checksums", self._read_checksums)
+
+    def _read_checksums(self) -> np.ndarray:
+        try:
+            return np.load(self.path / CHECKSUMS_NAME, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{self.path / CHECKSUMS_NAME} is damaged ({error}); {REMEDY}") from error
+
+    def _readers(self) -> list[Any]:
+        return self._load("readers", self._make_readers)
+
+    def _make_readers(self) -> list[Any]:
+        # Imported here: it takes seconds, and those who only read the ledger need none of it.
+        from streaming.base.format import reader_from_json
+
+        return [reader_from_json(str(self.path), None, info) for info in self._shard_infos]
+
+    def _load(self, name: str, make: Any) -> Any:
+        if name not in self._loaded:
+            self._loaded[name] = make()
+        return self._loaded[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loaded": {}}
+
+
+def normalise_caption(caption: str) -> str:
+    """NFC, case-folded, every run of whitespace one space, none at the ends: what makes two captions the same."""
+    return " ".join(unicodedata.normalize("NFC", caption).casefold().split())
+
+
+def caption_hash(caption: str) -> str:
+    """Hex sha256 of the normalised caption's UTF-8 bytes."""
+    return sha256(normalise_caption(caption).encode()).hexdigest()
+
+
+def sample_checksum(data: bytes) -> int:
+    """CRC-32 of a stored sample without its last eight bytes, the pair_id, which ingest fills in afterwards."""
+    return zlib.crc32(memoryview(data)[:-PAIR_ID_BYTES])
+
+
+def check_size(path: Path, size: int) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; copy it back or {REMEDY}")
+    if path.stat().st_size != size:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, {size} were written; copy it again or {REMEDY}")
+
+
+def damaged_shard(file: Path, pair_id: int, what: str) -> ValueError:
+    return ValueError(f"{file} is damaged at pair_id {pair_id} ({what}); copy the file again or {REMEDY}")

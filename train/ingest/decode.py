@@ -1,0 +1,124 @@
+"""One sample of a tar: a pair to keep, or the reason to reject it.
+
+In: the members of one key. Out: a `Pair` with the bytes as found, or `Rejected`. Nothing here is fatal.
+"""
+
+import io
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from PIL import Image
+
+from train.ingest.tar_index import Member
+
+# The first of these that a key has is its image.
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+CAPTION_EXTENSION = "txt"
+JSON_EXTENSION = "json"
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
+# A member is read into memory whole; an honest photograph is nowhere near.
+MAX_MEMBER_MIB = 256
+
+
+class Rejected(Exception):
+    """The reason, "category: detail" or "category", as rejected.parquet has it."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A pair to keep: image bytes and caption as found, size in pixels from the image's header."""
+
+    key: str
+    image: bytes
+    caption: str
+    width: int
+    height: int
+
+
+def read_pair(key: str, members: dict[str, list[Member]], read: Callable[[Member], bytes], max_pixels: int) -> Pair:
+    """Check everything about one key and return its pair. `read` gives a member's bytes.
+
+    Raises Rejected with the reason.
+    """
+    check_key(key)
+    extension = next((name for name in IMAGE_EXTENSIONS if name in members), None)
+    if extension is None:
+        raise Rejected("missing image")
+    if CAPTION_EXTENSION not in members:
+        raise Rejected("missing caption")
+    if JSON_EXTENSION in members:
+        check_json(read_once(members[JSON_EXTENSION], JSON_EXTENSION, read))
+    caption = decode_caption(read_once(members[CAPTION_EXTENSION], CAPTION_EXTENSION, read))
+    image = read_once(members[extension], extension, read)
+    width, height = check_image(image, max_pixels)
+    return Pair(key, image, caption, width, height)
+
+
+def check_key(key: str) -> None:
+    try:
+        key.encode()
+    except UnicodeEncodeError as error:
+        raise Rejected("key is not UTF-8") from error
+
+
+def read_once(copies: list[Member], extension: str, read: Callable[[Member], bytes]) -> bytes:
+    size_mib = max(copy.size for copy in copies) / (1 << 20)
+    if size_mib > MAX_MEMBER_MIB:
+        raise Rejected(f"oversized member: .{extension} has {size_mib:.0f} MiB, the limit is {MAX_MEMBER_MIB}")
+    data = read(copies[0])
+    # Which image belongs to which caption cannot be told, and the first in the tar is an accident of the download.
+    if any(copy.size != len(data) or read(copy) != data for copy in copies[1:]):
+        raise Rejected(f"duplicate key: {len(copies)} different .{extension} members, none is kept")
+    return data
+
+
+def check_json(data: bytes) -> None:
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise Rejected(f"bad JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise Rejected(f"bad JSON: an object was expected, found {type(content).__name__}")
+
+
+def decode_caption(data: bytes) -> str:
+    try:
+        caption = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Rejected(f"caption is not UTF-8: {error}") from error
+    if not caption.strip():
+        raise Rejected("empty caption")
+    return caption
+
+
+def check_image(data: bytes, max_pixels: int) -> tuple[int, int]:
+    """Width and height of an image that decodes fully, at most `max_pixels` pixels by its header.
+
+    Raises Rejected.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow's own bomb warning: the limit below is the one that counts.
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise Rejected(f"too many pixels: {width} x {height}, --max-pixels is {max_pixels}")
+                image.load()
+    except (Rejected, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise Rejected(f"too many pixels: {error}") from error
+    # Decoders meet corrupt bytes with any exception: OSError, SyntaxError, ValueError, struct.error, ...
+    except Exception as error:
+        raise Rejected(f"undecodable image: {describe(error)}") from error
+    return width, height
+
+
+def describe(error: Exception) -> str:
+    # Pillow's message for an unknown format holds the address of the buffer, which changes from run to run.
+    if isinstance(error, Image.UnidentifiedImageError):
+        return f"not {', '.join(IMAGE_FORMATS)}"
+    return str(error) or type(error).__name__
