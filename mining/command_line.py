@@ -4,13 +4,17 @@ Flags come from dataclasses (tyro); `parse` adds what a newcomer needs when a fl
 """
 
 import difflib
+import os
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import tyro
 
 USER_ERROR_EXIT_CODE = 2
+# The launcher looks at its processes once a second.
+LAUNCHER_GRACE_S = 3.0
 
 Config = TypeVar("Config")
 
@@ -51,15 +55,32 @@ def known_flags(config_type: Any, default: Any) -> list[str]:
 
 def unknown_flag_message(flag: str, known: Sequence[str], program: str) -> str:
     name = flag.split("=")[0]
-    nearest = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {nearest[0]}?" if nearest else "it is not one of its flags;"
-    return f"{program} does not know {name}; {hint} `{program} --help` lists them"
+    return f"{program} does not know {name}; {nearest(name, known)} `{program} --help` lists them"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a misspelt name: the closest known one, or all of them when none is close."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"known: {', '.join(known)};" if len(known) < 12 else "nothing known is close to it;"
+
+
+def without_launcher_flags(arguments: Sequence[str]) -> list[str]:
+    """Drop `--local_rank=N`, which the deepspeed launcher adds; the environment says the same."""
+    return [argument for argument in arguments if not argument.startswith(("--local_rank=", "--local-rank="))]
 
 
 def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> None:
     """Call `main(arguments)`; a ValueError or a missing file becomes one line and exit code 2."""
     try:
-        main(sys.argv[1:] if arguments is None else arguments)
+        main(without_launcher_flags(sys.argv[1:] if arguments is None else arguments))
     except (ValueError, FileNotFoundError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", 0))
+        if rank:
+            # A mistake is mostly everybody's: the launcher ends this process while it waits, and rank 0's line stands alone.
+            time.sleep(LAUNCHER_GRACE_S)
+        whose = f"error (rank {rank}): " if rank else "error: "
+        print(whose + " ".join(str(error).split()), file=sys.stderr, flush=True)
         sys.exit(USER_ERROR_EXIT_CODE)

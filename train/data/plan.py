@@ -6,6 +6,7 @@ and its hard pairs. Nothing here knows about ranks, workers or files, so a run r
 Shape letters: N pairs in the data set, A anchors, S steps of an epoch, K mined neighbours, P hard pairs per anchor.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -52,7 +53,8 @@ class EpochPlan:
         batch_size: pairs in a global batch, a multiple of `1 + hard_per_anchor`.
         hard_per_anchor: P, partners per anchor; 0 for plain contrastive training.
         pair_ids_NK: int [N, K] mined hard pairs, -1 for none; needed for `partners="mined"`.
-        score_NK: float [N, K]; when given, partners are drawn with probability proportional to it, else uniformly.
+        similarities_NK: image and text similarity, each float [N, K]; when given, partners are drawn with probability proportional
+            to their product, else uniformly.
         is_anchor_N: bool [N]; False for pairs that may be partners only (noise).
         partners: "mined", or "random" for the compute-matched control: same anchors, same steps, random partners.
 
@@ -68,14 +70,14 @@ class EpochPlan:
         batch_size: int,
         hard_per_anchor: int = 0,
         pair_ids_NK: np.ndarray | None = None,
-        score_NK: np.ndarray | None = None,
+        similarities_NK: tuple[np.ndarray, np.ndarray] | None = None,
         is_anchor_N: np.ndarray | None = None,
         partners: Partners = "mined",
     ) -> None:
         self.seed, self.epoch = seed, epoch
         self.conflict_group_N = conflict_group_N
         self.hard_per_anchor = hard_per_anchor
-        self.pair_ids_NK, self.score_NK = pair_ids_NK, score_NK
+        self.pair_ids_NK, self.similarities_NK = pair_ids_NK, similarities_NK
         self.partners = partners
         self._check(batch_size, is_anchor_N)
         anchors_A = np.arange(self.num_pairs) if is_anchor_N is None else np.flatnonzero(is_anchor_N)
@@ -123,12 +125,18 @@ class EpochPlan:
                 "so that whole groups fill it"
             )
         if batch_size > self.num_pairs:
-            raise ValueError(f"batch_size={batch_size} is larger than the data set of {self.num_pairs} pairs; take a smaller batch")
+            raise ValueError(
+                f"batch_size={batch_size} is larger than the data set of {self.num_pairs} pairs; take a smaller batch"
+            )
         if is_anchor_N is not None and not is_anchor_N.any():
-            raise ValueError("no pair may be an anchor: the pair table marks every pair as noise; mine again with a lower floor")
+            raise ValueError(
+                "no pair may be an anchor: the pair table marks every pair as noise; mine again with a lower floor"
+            )
         if self.hard_per_anchor and self.partners == "mined":
             if self.pair_ids_NK is None:
-                raise ValueError(f"hard_per_anchor={self.hard_per_anchor} needs a pair table; give --data.pairs or set it to 0")
+                raise ValueError(
+                    f"hard_per_anchor={self.hard_per_anchor} needs a pair table; give --data.pairs or set it to 0"
+                )
             if len(self.pair_ids_NK) != self.num_pairs:
                 raise ValueError(
                     f"the pair table has {len(self.pair_ids_NK)} rows, the store has {self.num_pairs} pairs: it was mined from another store"
@@ -141,8 +149,11 @@ class EpochPlan:
             return
         candidates_AK = np.asarray(self.pair_ids_NK[anchors_A], np.int64)
         keys_AK = rng.random(candidates_AK.shape)
-        if self.score_NK is not None:
-            score_AK = np.maximum(np.asarray(self.score_NK[anchors_A], np.float64), 1e-12)
+        if self.similarities_NK is not None:
+            image_AK, text_AK = (
+                np.asarray(similarity_NK[anchors_A], np.float64) for similarity_NK in self.similarities_NK
+            )
+            score_AK = np.maximum(image_AK * text_AK, 1e-12)
             keys_AK = -(np.log(score_AK) - np.log(-np.log(np.maximum(keys_AK, 1e-300))))
         keys_AK[candidates_AK == NO_PAIR] = np.inf
         order_AK = np.argsort(keys_AK, axis=1, kind="stable")
@@ -185,7 +196,7 @@ def keep_conflicts_apart(order_A: np.ndarray, conflict_group_N: np.ndarray, bord
     """
     arranged_A = np.empty_like(order_A)
     waiting, position = order_A[:0], 0
-    for start, stop in zip(borders_S[:-1], borders_S[1:], strict=True):
+    for start, stop in itertools.pairwise(borders_S):
         size = stop - start
         pool, first = waiting, _first_of_each_group(conflict_group_N[waiting])
         while len(first) < size and position < len(order_A):

@@ -1,0 +1,176 @@
+"""From the plan of an epoch to tensors: every item of the data set is this rank's share of one global step.
+
+In: a PairStore, optionally a PairTable, the plan's parameters. Out: `RankBatch`es in step order. A batch depends on the step alone,
+so the number of workers, a restart or prefetching change nothing.
+
+Shape letters: B rows of this rank, G rows of all ranks, L text tokens, C H W image, N pairs, K neighbours.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mining import PairTable
+from train.data.augment import AugmentConfig, augment_image, draw_seed, sample_phrases, training_transform
+from train.data.pair_store import PairStore
+from train.data.plan import EpochPlan, Partners, conflict_groups
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the pairs come from and how batches are put together."""
+
+    store: str = ""
+    """PairStore folder, as `python -m train.ingest` writes it"""
+    pairs: str = ""
+    """PairTable folder, as `mining.main search` writes it; needed for hard pairs"""
+    hard_per_anchor: int = 0
+    """hard pairs that join each anchor in a batch (p); 0 trains without hard pairs"""
+    partners: Partners = "mined"
+    """where partners come from: the pair table, or random pairs for a compute-matched control"""
+    num_candidates: int = 0
+    """draw partners from the first so many neighbours of the pair table; 0: from all of them"""
+    weigh_by_score: bool = False
+    """draw partners in proportion to their score instead of uniformly"""
+    keep_duplicates_apart: bool = True
+    """never put two pairs with the same caption or the same picture into one global batch"""
+    workers: int = 4
+    """data loading processes of each rank"""
+
+
+@dataclass(frozen=True)
+class RankBatch:
+    """One rank's rows of a global batch."""
+
+    image_BCHW: torch.Tensor
+    """uint8 [B, 3, H, W]"""
+    text_BL: torch.Tensor
+    """int64 [B, L]"""
+    pair_ids_B: torch.Tensor
+    """int64 [B]; rows come in groups of an anchor and its hard pairs"""
+    global_batch_size: int
+    """G, rows of all ranks"""
+    num_substitutes: int
+    """random pairs that stand in for missing hard pairs, all ranks"""
+
+    def pin_memory(self) -> "RankBatch":
+        pinned = (self.image_BCHW.pin_memory(), self.text_BL.pin_memory(), self.pair_ids_B.pin_memory())
+        return RankBatch(*pinned, self.global_batch_size, self.num_substitutes)
+
+
+class StepDataset(Dataset[RankBatch]):
+    """Map-style data set whose item `step` is this rank's share of that global step, counted from the start of the run."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        augment: AugmentConfig,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        image_size: tuple[int, int],
+        tokenizer: Callable[[list[str]], torch.Tensor],
+    ) -> None:
+        self.config, self.augment, self.tokenizer = config, augment, tokenizer
+        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.store = PairStore.open(config.store)
+        self.table = open_pair_table(config, self.store)
+        self.transform = training_transform(augment, image_size)
+        self.conflict_group_N = (
+            conflict_groups(self.store.caption_group_N, self.store.image_group_N)
+            if config.keep_duplicates_apart
+            else np.arange(len(self.store))
+        )
+        self.plan = self._plan_epoch(0)
+        self.steps_per_epoch = self.plan.num_steps
+        smallest = int(np.diff(self.plan.borders_S).min())
+        if smallest < world_size:
+            raise ValueError(
+                f"batch_size={batch_size} gives {smallest} groups a step for {world_size} ranks; each rank needs at least one, "
+                "so take a larger batch or fewer ranks"
+            )
+
+    def __getitem__(self, step: int) -> RankBatch:
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        if self.plan.epoch != epoch:
+            self.plan = self._plan_epoch(epoch)
+        batch = self.plan.batch(step_of_epoch)
+        pair_ids = batch.rank_slice(self.rank, self.world_size).ravel()
+        images, captions = [], []
+        for pair_id in pair_ids.tolist():
+            image, caption = self._load(step, pair_id)
+            images.append(image)
+            captions.append(caption)
+        return RankBatch(
+            torch.stack(images),
+            self.tokenizer(captions),
+            torch.from_numpy(pair_ids),
+            batch.num_pairs,
+            int(batch.is_substitute_AP.sum()),
+        )
+
+    def _load(self, step: int, pair_id: int) -> tuple[torch.Tensor, str]:
+        sample = self.store[pair_id]
+        seed = draw_seed(self.seed, step, pair_id)
+        try:
+            image = augment_image(sample.image, self.transform, seed)
+        except OSError as error:
+            # Ingest decoded every picture, so this one was damaged since: stop rather than change the data silently.
+            raise ValueError(
+                f"the picture of pair {pair_id} (key {sample.key}) in {self.store.path} can't be decoded: {error}; ingest it again"
+            ) from error
+        return image, sample_phrases(sample.caption, self.augment, seed)
+
+    def _plan_epoch(self, epoch: int) -> EpochPlan:
+        table, columns = self.table, self.config.num_candidates or None
+        return EpochPlan(
+            seed=self.seed,
+            epoch=epoch,
+            conflict_group_N=self.conflict_group_N,
+            batch_size=self.batch_size,
+            hard_per_anchor=self.config.hard_per_anchor,
+            pair_ids_NK=None if table is None else table.pair_ids_NK[:, :columns],
+            similarities_NK=(
+                (table.image_similarity_NK[:, :columns], table.text_similarity_NK[:, :columns])
+                if table is not None and self.config.weigh_by_score
+                else None
+            ),
+            is_anchor_N=None if table is None else ~table.noise_N,
+            partners=self.config.partners,
+        )
+
+
+def open_pair_table(config: DataConfig, store: PairStore) -> PairTable | None:
+    """The pair table of the config, or None. Raises ValueError when it was mined from another store."""
+    if not config.pairs:
+        return None
+    table = PairTable.open(config.pairs)
+    mined_from = table.manifest.get("store_fingerprint")
+    if mined_from != store.fingerprint:
+        raise ValueError(
+            f"the pair table {config.pairs} was mined from a store with fingerprint {str(mined_from)[:12]}, but {config.store} has "
+            f"{store.fingerprint[:12]}: its ids would name other pairs; embed and mine this store"
+        )
+    return table
+
+
+def step_loader(
+    dataset: StepDataset, *, start_step: int, stop_step: int, workers: int, pin_memory: bool
+) -> Iterator[RankBatch]:
+    """Batches of the steps `start_step .. stop_step - 1`, in order."""
+    return iter(
+        DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=range(start_step, stop_step),
+            num_workers=workers,
+            pin_memory=pin_memory,
+            prefetch_factor=2 if workers else None,
+            persistent_workers=False,
+        )
+    )

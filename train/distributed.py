@@ -1,0 +1,111 @@
+"""The processes of a run: who am I, how do we meet, what do we agree on. One process is a group of size one, not another path.
+
+Launched by `deepspeed`, `torchrun` or `srun`, the environment says where to meet; started by hand, a process meets itself.
+"""
+
+import datetime
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def connected(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[Ranks]:
+    """Join the process group for the length of the block; it is left on success and on failure.
+
+    device: "auto" (CUDA when there is one), "cpu" or "cuda". Collective: every rank calls.
+    """
+    ranks = _identify(device)
+    folder = tempfile.mkdtemp(prefix="hardpair-") if "WORLD_SIZE" not in os.environ else None
+    dist.init_process_group(
+        "nccl" if ranks.device.type == "cuda" else "gloo",
+        init_method="env://" if folder is None else f"file://{folder}/rendezvous",
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+    )
+    try:
+        yield ranks
+    finally:
+        dist.destroy_process_group()
+        remove_shared_memory_leftovers(ranks.rank)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _identify(device: str) -> Ranks:
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"rank {rank} wants GPU {local_rank}, this machine has {torch.cuda.device_count()}; "
+                "start at most as many processes as accelerators (--num_gpus), or use --device cpu"
+            )
+        torch.cuda.set_device(local_rank)
+        return Ranks(rank, world_size, local_rank, torch.device("cuda", local_rank))
+    if device != "cpu":
+        raise ValueError(f"device={device!r} is not one of auto, cpu, cuda")
+    return Ranks(rank, world_size, local_rank, torch.device("cpu"))
+
+
+def barrier() -> None:
+    """Collective: every rank calls."""
+    dist.barrier()
+
+
+def mean_over_ranks(value: float) -> float:
+    """Collective: every rank calls."""
+    return sum_over_ranks(value) / dist.get_world_size()
+
+
+def sum_over_ranks(value: float) -> float:
+    """Collective: every rank calls."""
+    total = torch.tensor([value], dtype=torch.float64, device=_collective_device())
+    dist.all_reduce(total)
+    return total.item()
+
+
+def max_over_ranks(value: float) -> float:
+    """Collective: every rank calls."""
+    largest = torch.tensor([value], dtype=torch.float64, device=_collective_device())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.item()
+
+
+def world_group() -> dist.ProcessGroup:
+    return dist.group.WORLD
+
+
+def _collective_device() -> torch.device:
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
+def remove_shared_memory_leftovers(rank: int) -> None:
+    """Delete this rank's DeepSpeed all-reduce buffer: 69 MB in /dev/shm that DeepSpeed leaves behind for each port and rank."""
+    port = os.environ.get("MASTER_PORT")
+    for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_{rank}") if port else ():
+        path.unlink(missing_ok=True)

@@ -1,0 +1,243 @@
+"""The DeepSpeed engine: the one place where the memory regime (a JSON of ds_configs/) and the learning numbers (dataclasses) meet.
+
+In: a module, the JSON, the optimizer's numbers. Out: `Engine`, which runs a step, clamps the temperature and saves its shards.
+"""
+
+import contextlib
+import difflib
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.distributed import Ranks
+from train.schedule import OptimConfig, parameter_groups
+
+# What a ds_configs/*.json may say: memory, communication, precision.
+MEMORY_KEYS = frozenset(
+    [
+        "zero_optimization",
+        "bf16",
+        "fp16",
+        "torch_autocast",
+        "data_types",
+        "communication_data_type",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+        "sparse_gradients",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "activation_checkpointing",
+        "aio",
+        "comms_logger",
+        "flops_profiler",
+        "memory_breakdown",
+        "wall_clock_breakdown",
+        "dump_state",
+    ]
+)
+# What DeepSpeed would take from the JSON, but one home holds here: the recipe.
+LEARNING_KEYS = {
+    "train_batch_size": "--batch_size",
+    "train_micro_batch_size_per_gpu": "--batch_size",
+    "gradient_accumulation_steps": "--batch_size",
+    "optimizer": "--optim.lr and its neighbours",
+    "scheduler": "--optim.warmup",
+    "gradient_clipping": "--optim.grad_clip_norm",
+    "steps_per_print": "--log_every_steps",
+}
+
+
+def read_ds_config(path: str | Path) -> dict[str, Any]:
+    """Read and check a DeepSpeed JSON.
+
+    Raises ValueError naming the file for JSON that can't be read, an unknown key (with the nearest known one), a learning number, or
+    an "auto".
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"--ds_config {path} is no file; ds_configs/ has one for each memory regime")
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--ds_config {path} is not valid JSON: {error}") from error
+    for key in config:
+        if key in LEARNING_KEYS:
+            raise ValueError(
+                f"{path}: {key} is a learning number; say it with {LEARNING_KEYS[key]}, the JSON holds memory only"
+            )
+        if key not in MEMORY_KEYS:
+            near = difflib.get_close_matches(key, MEMORY_KEYS, n=1)
+            raise ValueError(
+                f"{path}: unknown key {key}"
+                + (f", did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(MEMORY_KEYS))}")
+            )
+    for place, value in _leaves(config):
+        if value == "auto":
+            raise ValueError(f'{path}: {place} is "auto", which nothing here fills in; write the value')
+    _check_zero_section(path, config.get("zero_optimization", {}))
+    return config
+
+
+def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{place}.{key}".lstrip("."))
+    else:
+        yield place, value
+
+
+def _check_zero_section(path: str | Path, section: dict[str, Any]) -> None:
+    with quiet_deepspeed():
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    try:
+        DeepSpeedZeroConfig(**section)
+    except ValueError as error:
+        raise ValueError(f"{path}: zero_optimization: {error}") from error
+
+
+class Engine:
+    """A module under DeepSpeed, with AdamW, at the ZeRO stage that the JSON asks for.
+
+    Collective: every rank constructs it, and every method is called by every rank.
+    """
+
+    def __init__(
+        self, module: torch.nn.Module, ds_config: dict[str, Any], optim: OptimConfig, *, batch_size: int, ranks: Ranks
+    ) -> None:
+        with quiet_deepspeed():
+            import deepspeed
+
+            self.config = {
+                **ds_config,
+                # DeepSpeed wants these; batches here differ by a group at most, and one step is one backward.
+                "train_batch_size": -(-batch_size // ranks.world_size) * ranks.world_size,
+                "train_micro_batch_size_per_gpu": -(-batch_size // ranks.world_size),
+                "gradient_accumulation_steps": 1,
+                "gradient_clipping": optim.grad_clip_norm,
+                "steps_per_print": 2**31,
+                "optimizer": {
+                    "type": "AdamW",
+                    "params": {
+                        "lr": optim.lr,
+                        "betas": [optim.beta1, optim.beta2],
+                        "eps": optim.eps,
+                        "torch_adam": True,
+                    },
+                },
+            }
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=module,
+                model_parameters=parameter_groups(module.named_parameters(), optim.wd),
+                config=self.config,
+                dist_init_required=False,
+            )
+        self.device = ranks.device
+        self.stage = self.engine.zero_optimization_stage()
+        self.max_log_scale = math.log(optim.max_logit_scale)
+        self.world_size, self.rank = ranks.world_size, ranks.rank
+
+    def forward(
+        self, image_BCHW: torch.Tensor, text_BL: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.engine(image_BCHW.to(self.device, non_blocking=True), text_BL.to(self.device, non_blocking=True))
+
+    def backward_and_step(self, loss: torch.Tensor, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.backward(loss)
+        self.engine.step()
+        self._clamp_logit_scale()
+
+    def gradient_norm(self) -> float:
+        """Global norm of the gradient of the last step, before clipping; NaN where DeepSpeed does not compute it (ZeRO-0)."""
+        norm = self.engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def _clamp_logit_scale(self) -> None:
+        """Hold the temperature's fp32 master and the copy that the next forward sees below the limit, at every ZeRO stage."""
+        from deepspeed import zero
+        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        scale = self.engine.module.clip.logit_scale
+        if not scale.requires_grad:
+            return
+        if self.stage == 0:
+            with torch.no_grad():
+                scale.clamp_(0, self.max_log_scale)
+            return
+        master = safe_get_full_fp32_param(scale)
+        if 0 <= master.item() <= self.max_log_scale:
+            return
+        clamped = master.clamp(0, self.max_log_scale)
+        if self.stage < 3:
+            safe_set_full_fp32_param(scale, clamped)
+            with torch.no_grad():
+                scale.clamp_(0, self.max_log_scale)
+            return
+        # One slot a rank: rank 0 owns the value, the others hold padding.
+        safe_set_local_fp32_param(scale, clamped)
+        with zero.GatheredParameters([scale], modifier_rank=0), torch.no_grad():
+            scale.clamp_(0, self.max_log_scale)
+
+    def full_state_dict(self) -> dict[str, torch.Tensor] | None:
+        """The open_clip model's weights and buffers on the CPU, fp32 masters where there are any; None on ranks other than 0."""
+        from deepspeed import zero
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        clip = self.engine.module.clip
+        state = {}
+        for name, parameter in clip.named_parameters():
+            master = safe_get_full_fp32_param(parameter) if self.stage and parameter.requires_grad else None
+            if master is None:
+                with zero.GatheredParameters([parameter], enabled=self.stage == 3):
+                    master = parameter.detach().clone()
+            if self.rank == 0:
+                state[name] = (
+                    master.detach().reshape(parameter.ds_shape if self.stage == 3 else parameter.shape).cpu().clone()
+                )
+        if self.rank != 0:
+            return None
+        buffers = {
+            name: buffer
+            for name, buffer in clip.state_dict().items()
+            if name not in state and name in dict(clip.named_buffers())
+        }
+        return {**state, **{name: buffer.detach().cpu().clone() for name, buffer in buffers.items()}}
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's shard of weights and optimizer states below `folder`."""
+        with quiet_deepspeed():
+            self.engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Raises ValueError when the shards are of another world size or ZeRO stage."""
+        try:
+            with quiet_deepspeed():
+                path, _ = self.engine.load_checkpoint(str(folder), tag="state")
+        except Exception as error:
+            raise ValueError(
+                f"{folder} can't be resumed at {self.world_size} ranks and ZeRO stage {self.stage}: {error}; "
+                "continue with the world size and the --ds_config that wrote it"
+            ) from error
+        if path is None:
+            raise ValueError(f"{folder} holds no DeepSpeed state; delete this checkpoint to go on from the one before")
+
+    def close(self) -> None:
+        self.engine.destroy()
+
+
+@contextlib.contextmanager
+def quiet_deepspeed() -> Iterator[None]:
+    """Keep DeepSpeed's narration to warnings, set before its import since it logs while importing."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(previous)

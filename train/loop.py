@@ -1,0 +1,248 @@
+"""The training loop: step, report, checkpoint.
+
+In: a TrainConfig and this process's place among the ranks. Out: a run folder (DESIGN: config.json, metrics.jsonl, checkpoints/,
+export/). The state that a checkpoint needs is the step number, the engine's shards and the random state: the data's order is a
+function of the step.
+"""
+
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kernels
+from mining.manifest import write_json_atomically
+from train.checkpoint import newest_checkpoint, remove_old_checkpoints, restore, save_checkpoint
+from train.config import TrainConfig
+from train.data.loader import RankBatch, StepDataset, step_loader
+from train.distributed import Ranks, barrier, world_group
+from train.engine import Engine, read_ds_config
+from train.metrics import MetricsLog, StepClock
+from train.model import CONFIG_FILE, MERGES_FILE, WEIGHTS_FILE, TwoTowers, build_model, build_tokenizer
+from train.schedule import learning_rate
+
+
+def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
+    """Run a recipe to its last step, from the newest checkpoint when there is one. Collective: every rank calls.
+
+    Raises ValueError for what a user can mend (paths, sizes, a run folder of other settings), RuntimeError when the loss stays
+    non-finite.
+    """
+    run = Path(config.out)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    ds_config = read_ds_config(config.ds_config)
+    model, preprocess = build_model(config.model)
+    dataset = _dataset(config, ranks, preprocess.size)
+    num_steps = config.num_steps(dataset.steps_per_epoch)
+    start = newest_checkpoint(run)
+    first_step = start[1]["step"] if start else 0
+    check_same_run(run, config, ranks, resuming=start is not None)
+    barrier()  # every rank has read the run folder before rank 0 writes to it
+    engine = Engine(TwoTowers(model, preprocess), ds_config, config.optim, batch_size=config.batch_size, ranks=ranks)
+    if start:
+        restore(start[0], engine, ranks)
+    if ranks.is_main:
+        write_run_config(run, config, recipe, engine.config, ranks, num_steps=num_steps, dataset=dataset)
+    log = MetricsLog(run, is_main=ranks.is_main, name=recipe, first_step=first_step, num_steps=num_steps)
+    if start:
+        log.say(f"going on from {start[0]}")
+
+    clock, skipped_in_a_row = StepClock(), 0
+    batches = step_loader(
+        dataset,
+        start_step=first_step,
+        stop_step=num_steps,
+        workers=config.data.workers,
+        pin_memory=ranks.device.type == "cuda",
+    )
+    for done, batch in enumerate(timed(batches, clock), start=first_step + 1):
+        rate = learning_rate(config.optim, done - 1, num_steps)
+        output, scale, finite = train_step(engine, config, batch, rate)
+        skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
+        if skipped_in_a_row == config.max_skipped_steps:
+            raise RuntimeError(
+                f"the loss was not finite for {skipped_in_a_row} steps in a row, the last is step {done}"
+            )
+        clock.step_done(batch.global_batch_size)
+        if done % config.log_every_steps == 0 or done == num_steps:
+            position = {"step": done, "epoch": done / dataset.steps_per_epoch, "learning_rate": rate}
+            log.write({**position, **measurements(output, scale, engine, batch, config), **clock.take()})
+        if done % config.save_every_steps == 0 or done == num_steps:
+            with clock.paused():
+                save_checkpoint(
+                    run, done, engine, ranks, model_name=config.model.name, preprocess=preprocess, recipe=recipe
+                )
+                if ranks.is_main:
+                    remove_old_checkpoints(run, config.keep_checkpoints)
+        log.step_done()
+
+    log.close()
+    if ranks.is_main:
+        export(run)
+    barrier()
+    engine.close()
+    return run
+
+
+def train_step(
+    engine: Engine, config: TrainConfig, batch: RankBatch, rate: float
+) -> tuple[kernels.ContrastiveOutput, torch.Tensor, bool]:
+    """Forward, loss over all ranks' rows, backward, optimizer step. A loss that is not finite changes nothing.
+
+    The loss is the same number on every rank, so all skip together. Collective: every rank calls.
+    """
+    image_BD, text_BD, scale = engine.forward(batch.image_BCHW, batch.text_BL)
+    output = kernels.contrastive_loss(
+        image_BD,
+        text_BD,
+        scale,
+        hard_per_anchor=config.data.hard_per_anchor,
+        margin_weight=config.loss.margin_weight,
+        margin_space=config.loss.margin_space,
+        margin_direction=config.loss.margin_direction,
+        label_smoothing=config.loss.label_smoothing,
+        process_group=world_group(),
+        backend=config.loss.backend,
+    )
+    finite = math.isfinite(output.loss.item())
+    if finite:
+        engine.backward_and_step(output.loss, rate)
+    return output, scale.detach(), finite
+
+
+def timed(batches: Iterator[RankBatch], clock: StepClock) -> Iterator[RankBatch]:
+    """Pass the batches on and book how long each was waited for."""
+    while True:
+        asked = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        clock.data_wait_s += time.perf_counter() - asked
+        yield batch
+
+
+def measurements(
+    output: kernels.ContrastiveOutput, scale: torch.Tensor, engine: Engine, batch: RankBatch, config: TrainConfig
+) -> dict[str, float]:
+    return {
+        "loss": output.loss.item(),
+        "contrastive": output.contrastive.item(),
+        "margin": output.margin.item(),
+        "image_accuracy": output.image_accuracy.item(),
+        "text_accuracy": output.text_accuracy.item(),
+        "logit_scale": scale.item(),
+        "gradient_norm": engine.gradient_norm(),
+        "substitutes": batch.num_substitutes,
+    }
+
+
+def _dataset(config: TrainConfig, ranks: Ranks, image_size: int | tuple[int, int]) -> StepDataset:
+    return StepDataset(
+        config.data,
+        config.augment,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        image_size=(image_size, image_size) if isinstance(image_size, int) else tuple(image_size),
+        tokenizer=build_tokenizer(config.model.name),
+    )
+
+
+# Fields that may change between the parts of one run.
+FREE_FIELDS = {
+    "out",
+    "ds_config",
+    "device",
+    "threads",
+    "log_every_steps",
+    "save_every_steps",
+    "keep_checkpoints",
+    "max_skipped_steps",
+}
+
+
+def check_same_run(run: Path, config: TrainConfig, ranks: Ranks, *, resuming: bool) -> None:
+    """Raises ValueError when `run` was started with settings that would give other numbers, naming the first that differs."""
+    path = run / "config.json"
+    if not resuming or not path.is_file():
+        return
+    before, now = json.loads(path.read_text(encoding="utf-8"))["config"], to_json(asdict(config))
+    for name in now:
+        same = before.get(name) == now[name]
+        if name == "data":
+            same = {**before["data"], "workers": 0} == {**now["data"], "workers": 0}
+        if not same and name not in FREE_FIELDS:
+            raise ValueError(
+                f"{run} was started with {name}={before.get(name)}, now it is {now[name]}; go on with the same settings or give another --out"
+            )
+
+
+def to_json(value: Any) -> Any:
+    """The value as it comes back from JSON: tuples are lists there."""
+    return json.loads(json.dumps(value))
+
+
+def write_run_config(
+    run: Path,
+    config: TrainConfig,
+    recipe: str,
+    deepspeed: dict[str, Any],
+    ranks: Ranks,
+    *,
+    num_steps: int,
+    dataset: StepDataset,
+) -> None:
+    """config.json: everything effective, written before step 0."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_json_atomically(
+        run / "config.json",
+        {
+            "recipe": recipe,
+            "config": to_json(asdict(config)),
+            "deepspeed": deepspeed,
+            "num_steps": num_steps,
+            "steps_per_epoch": dataset.steps_per_epoch,
+            "num_pairs": len(dataset.store),
+            "store_fingerprint": dataset.store.fingerprint,
+            "pairs_fingerprint": dataset.table.manifest.get("fingerprint") if dataset.table else None,
+            "world_size": ranks.world_size,
+            "device": str(ranks.device),
+            "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+            "versions": {
+                name: version(name) for name in ("torch", "deepspeed", "open_clip_torch", "mosaicml-streaming", "numpy")
+            },
+            "commit": git_commit(),
+        },
+    )
+
+
+def git_commit() -> str | None:
+    """The commit of the code, or None outside a checkout."""
+    found = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or None
+
+
+def export(run: Path) -> None:
+    """Copy the newest checkpoint's model to `export/`, in the form that plain open_clip loads."""
+    newest = newest_checkpoint(run)
+    assert newest is not None, "the last step was saved just before"
+    folder = run / "export"
+    folder.mkdir(exist_ok=True)
+    for name in (CONFIG_FILE, WEIGHTS_FILE, MERGES_FILE):
+        if (newest[0] / name).is_file():
+            shutil.copyfile(newest[0] / name, folder / name)

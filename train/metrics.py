@@ -1,0 +1,111 @@
+"""What a run says about itself while it trains: metrics.jsonl, TensorBoard events, and a progress bar on the terminal.
+
+metrics.jsonl is cut back to the checkpoint when a run goes on, so it has each step once.
+"""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class StepClock:
+    """Wall-clock parts of the steps since the last report."""
+
+    started: float = field(default_factory=time.perf_counter)
+    num_steps: int = 0
+    num_pairs: int = 0
+    data_wait_s: float = 0.0
+
+    def step_done(self, num_pairs: int) -> None:
+        self.num_steps += 1
+        self.num_pairs += num_pairs
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside the block counts for no step: a checkpoint is not throughput."""
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began
+
+    def take(self) -> dict[str, float]:
+        """Figures since the last call; the clock starts again."""
+        elapsed = time.perf_counter() - self.started
+        figures = {
+            "pairs_per_s": self.num_pairs / elapsed,
+            "step_ms": 1000 * elapsed / max(1, self.num_steps),
+            "data_wait_ms": 1000 * self.data_wait_s / max(1, self.num_steps),
+            "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+        self.started, self.num_steps, self.num_pairs, self.data_wait_s = time.perf_counter(), 0, 0, 0.0
+        return figures
+
+
+class MetricsLog:
+    """Writes on rank 0; on other ranks every call does nothing."""
+
+    def __init__(self, run: Path, *, is_main: bool, name: str, first_step: int, num_steps: int) -> None:
+        self.is_main = is_main
+        if not is_main:
+            return
+        self.path = run / "metrics.jsonl"
+        keep_steps_before(self.path, first_step)
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
+        self.bar = tqdm(
+            total=num_steps,
+            initial=first_step,
+            desc=name,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5,
+            file=sys.stderr,
+        )
+
+    def step_done(self) -> None:
+        if self.is_main:
+            self.bar.update()
+
+    def write(self, row: dict[str, float]) -> None:
+        if not self.is_main:
+            return
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        for key, value in row.items():
+            self.writer.add_scalar(key, value, int(row["step"]))
+        self.bar.set_postfix_str(
+            f"loss {row['loss']:.3f}, {row['pairs_per_s']:.0f} pairs/s, scale {row['logit_scale']:.1f}"
+        )
+
+    def say(self, message: str) -> None:
+        if self.is_main:
+            self.bar.write(message, file=sys.stderr)
+
+    def close(self) -> None:
+        if self.is_main:
+            self.bar.close()
+            self.writer.close()
+            self.file.close()
+
+
+def keep_steps_before(path: Path, first_step: int) -> None:
+    """Drop the rows of steps that will be run again, and a line that a kill tore."""
+    if not path.is_file():
+        return
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row["step"] <= first_step:
+            rows.append(line)
+    path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")

@@ -1,0 +1,245 @@
+"""Models: built by name from open_clip's configs or ours, loaded from a run, written so that plain open_clip loads them.
+
+A checkpoint folder holds `open_clip_config.json` and `open_clip_model.safetensors` (what open_clip calls a local-dir), and
+`bpe.txt.gz` when the model's vocabulary is a prefix of CLIP's.
+"""
+
+import contextlib
+import gzip
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.tokenizer import default_bpe
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mining.manifest import fingerprint, write_json_atomically
+
+MODEL_CONFIG_FOLDER = Path(__file__).parent / "model_configs"
+CONFIG_FILE, WEIGHTS_FILE, MERGES_FILE = "open_clip_config.json", "open_clip_model.safetensors", "bpe.txt.gz"
+# 256 bytes, the same as word ends, and the two special tokens: what a vocabulary holds besides its merges.
+NUM_BASE_TOKENS = 514
+CLIP_VOCABULARY_SIZE = 49408
+
+Tokenizer = Callable[[str | list[str]], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model to train and where its weights come from."""
+
+    name: str = "ViT-B-16"
+    """an open_clip model name, or one of train/model_configs"""
+    pretrained: str = ""
+    """start from these weights: a run folder, a checkpoint folder, or an open_clip pretrained tag or file; empty: from scratch"""
+    grad_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, about a third more time"""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready for inference."""
+
+    model: torch.nn.Module
+    """eval mode, fp32: encode_image(images, normalize=True), encode_text(tokens, normalize=True), logit_scale"""
+    preprocess: Callable[..., torch.Tensor]
+    """PIL image -> float [3, H, W]"""
+    tokenizer: Tokenizer
+    """str or list of str -> int64 [B, L]"""
+    name: str
+    checkpoint_hash: str
+    folder: Path
+
+
+def architecture(name: str) -> dict[str, Any]:
+    """The open_clip model config of `name`. Raises ValueError listing near names when there is none."""
+    open_clip.add_model_config(MODEL_CONFIG_FOLDER)
+    config = open_clip.get_model_config(name)
+    if config is None:
+        near = [known for known in open_clip.list_models() if name.lower()[:5] in known.lower()][:5]
+        raise ValueError(
+            f"model.name={name!r} is neither an open_clip model nor one of train/model_configs"
+            + (
+                f"; close to it: {', '.join(near)}"
+                if near
+                else "; `python -c 'import open_clip; print(open_clip.list_models())'`"
+            )
+        )
+    return config
+
+
+def build_model(config: ModelConfig) -> tuple[torch.nn.Module, PreprocessCfg]:
+    """A trainable fp32 open_clip model (logit_scale of shape [1], as DeepSpeed needs) and its preprocessing.
+
+    Raises ValueError for an unknown name, or weights that are missing or of another architecture.
+    """
+    if config.pretrained and Path(config.pretrained).is_dir():
+        folder = checkpoint_folder(config.pretrained)
+        model, preprocess = _read_model(folder)
+        expected, found = architecture(config.name), json.loads((folder / CONFIG_FILE).read_text())["model_cfg"]
+        if expected != found:
+            raise ValueError(
+                f"model.name={config.name} is not the architecture of {folder}; name the model that was trained there"
+            )
+    else:
+        architecture(config.name)
+        try:
+            with quiet_root_logger():
+                model = open_clip.create_model(
+                    config.name, pretrained=config.pretrained or None, precision="fp32", nonscalar_logit_scale=True
+                )
+        except RuntimeError as error:
+            raise ValueError(
+                f"model.pretrained={config.pretrained!r} can't be loaded into {config.name}: {error}"
+            ) from error
+        preprocess = PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing()
+    return model.train(), preprocess
+
+
+def build_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of a model by name: open_clip's, or its first merges alone where the vocabulary is smaller than CLIP's."""
+    return _tokenizer_of(architecture(name), name)
+
+
+def _tokenizer_of(model_config: dict[str, Any], name: str, merges: Path | None = None) -> Tokenizer:
+    text = model_config["text_cfg"]
+    vocabulary_size = text.get("vocab_size", CLIP_VOCABULARY_SIZE)
+    if vocabulary_size >= CLIP_VOCABULARY_SIZE or "hf_tokenizer_name" in text:
+        return open_clip.get_tokenizer(name)
+    keywords = {"context_length": text.get("context_length", 77), **(text.get("tokenizer_kwargs") or {})}
+    if merges is not None:
+        return open_clip.SimpleTokenizer(bpe_path=str(merges), **keywords)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / MERGES_FILE
+        path.write_bytes(_first_merges(vocabulary_size))
+        return open_clip.SimpleTokenizer(bpe_path=str(path), **keywords)
+
+
+def _first_merges(vocabulary_size: int) -> bytes:
+    """CLIP's merge list cut so that the vocabulary has `vocabulary_size` tokens, gzipped, same bytes every time."""
+    with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
+        lines = [line for _, line in zip(range(1 + vocabulary_size - NUM_BASE_TOKENS), file, strict=False)]
+    return gzip.compress("".join(lines).removesuffix("\n").encode(), mtime=0)
+
+
+def save_model(folder: Path, name: str, state_dict: dict[str, torch.Tensor], preprocess: PreprocessCfg) -> None:
+    """Write what plain `open_clip.create_model_and_transforms("local-dir:FOLDER")` loads: fp32 weights and the config."""
+    config = architecture(name)
+    tensors = {key: tensor.detach().float().contiguous() for key, tensor in state_dict.items()}
+    for scalar in ("logit_scale", "logit_bias"):
+        if scalar in tensors:
+            tensors[scalar] = tensors[scalar].reshape(())
+    save_file(tensors, folder / WEIGHTS_FILE)
+    write_json_atomically(
+        folder / CONFIG_FILE, {"model_cfg": config, "preprocess_cfg": asdict(preprocess), "hardpair_name": name}
+    )
+    vocabulary_size = config["text_cfg"].get("vocab_size", CLIP_VOCABULARY_SIZE)
+    if vocabulary_size < CLIP_VOCABULARY_SIZE and "hf_tokenizer_name" not in config["text_cfg"]:
+        (folder / MERGES_FILE).write_bytes(_first_merges(vocabulary_size))
+
+
+def load_model(checkpoint: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
+    """Load a model for inference from a run folder (its newest checkpoint), a checkpoint folder or an export folder.
+
+    Raises ValueError naming the folder when it holds no complete checkpoint.
+    """
+    folder = checkpoint_folder(checkpoint)
+    model, preprocess = _read_model(folder)
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    merges = folder / MERGES_FILE
+    return LoadedModel(
+        model.eval().requires_grad_(False).to(device),
+        image_transform_v2(preprocess, is_train=False),
+        _tokenizer_of(config["model_cfg"], config["hardpair_name"], merges if merges.is_file() else None),
+        config["hardpair_name"],
+        fingerprint((folder / WEIGHTS_FILE).read_bytes()),
+        folder,
+    )
+
+
+def _read_model(folder: Path) -> tuple[torch.nn.Module, PreprocessCfg]:
+    with quiet_root_logger():
+        model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, nonscalar_logit_scale=True)
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    state_dict = load_file(folder / WEIGHTS_FILE)
+    for scalar in ("logit_scale", "logit_bias"):
+        if scalar in state_dict:
+            state_dict[scalar] = state_dict[scalar].reshape(1)
+    model.load_state_dict(state_dict)
+    return model, PreprocessCfg(**config["preprocess_cfg"])
+
+
+def checkpoint_folder(checkpoint: str | Path) -> Path:
+    """The folder with the weights: `checkpoint` itself, or the newest complete step of the run folder `checkpoint`."""
+    path = Path(checkpoint)
+    if not path.is_dir():
+        raise ValueError(
+            f"checkpoint {checkpoint} is not a folder; give a run folder (runs/NAME) or one of its checkpoints"
+        )
+    if (path / CONFIG_FILE).is_file() and (path / WEIGHTS_FILE).is_file():
+        return path
+    # Folders under a temporary name are not of this form, so an interrupted save is never picked.
+    steps = sorted((path / "checkpoints").glob("step_*"), key=lambda step: int(step.name.removeprefix("step_")))
+    for step in reversed(steps):
+        if (step / "manifest.json").is_file() and (step / WEIGHTS_FILE).is_file():
+            return step
+    raise ValueError(f"{checkpoint} holds no complete checkpoint yet; train it first, or give another folder")
+
+
+@contextlib.contextmanager
+def quiet_root_logger() -> Iterator[None]:
+    """open_clip narrates model creation on the root logger; a user of a whole program does not need it."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(previous)
+
+
+@contextlib.contextmanager
+def attention_for(device: torch.device) -> Iterator[None]:
+    """On CPU, attention by plain products: the flash kernel's backward is 20 times slower at CLIP's short sequences there."""
+    if device.type != "cpu":
+        yield
+        return
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+class TwoTowers(torch.nn.Module):
+    """The module under the engine: normalised fp32 features of both towers and the exponentiated logit scale, in one forward."""
+
+    def __init__(self, clip: torch.nn.Module, preprocess: PreprocessCfg) -> None:
+        super().__init__()
+        self.clip = clip
+        self.mean, self.std = preprocess.mean, preprocess.std
+
+    def forward(
+        self, image_BCHW: torch.Tensor, text_BL: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """uint8 images [B, 3, H, W] and tokens int64 [B, L] -> image and text features float32 [B, D], scale float32 [1]."""
+        with attention_for(image_BCHW.device):
+            image_features = self.clip.encode_image(self._normalised(image_BCHW))
+            text_features = self.clip.encode_text(text_BL)
+        return (
+            torch.nn.functional.normalize(image_features.float(), dim=-1),
+            torch.nn.functional.normalize(text_features.float(), dim=-1),
+            self.clip.logit_scale.float().exp(),
+        )
+
+    def _normalised(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        mean = torch.tensor(self.mean, device=image_BCHW.device).view(1, 3, 1, 1) * 255
+        std = torch.tensor(self.std, device=image_BCHW.device).view(1, 3, 1, 1) * 255
+        image_BCHW = (image_BCHW.float() - mean) / std
+        return image_BCHW.contiguous(memory_format=torch.channels_last).to(self.clip.logit_scale.dtype)
