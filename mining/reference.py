@@ -8,7 +8,7 @@ neighbours.
 import numpy as np
 import torch
 
-from mining.duplicates import ALLOWED, ExclusionCount, tile_causes
+from mining.duplicates import ExclusionCount, exclude_tile
 from mining.problem import SearchProblem, TopK
 from mining.similarity import (
     SPARSE_SHARE,
@@ -18,11 +18,13 @@ from mining.similarity import (
     exact_tile,
     load_rows,
     product_error,
-    score,
+    score_,
 )
 from mining.top_k import RunningTopK
 
 BASE_BLOCK = 8192
+# Scores are at least 0, so that this marks an entry of a tile that may not be a hard pair.
+EXCLUDED = -1.0
 
 
 class ReferenceSearch:
@@ -63,19 +65,29 @@ def search_tile(
 ) -> None:
     """Offer every candidate of one tile to the running top k, and count the tile's duplicates."""
     approximate = tuple(approximate_similarity(query[modality], base[modality]) for modality in (0, 1))
-    cause_QB = tile_causes(problem, query_ids_Q, base_ids_B, query, base, approximate)
-    excluded.add_tile(cause_QB, base_ids_B)
+    not_allowed = exclude_tile(problem, query_ids_Q, base_ids_B, query, base, approximate, excluded)
+    score_QB = score_(*approximate)
+    for rows_S, columns_S in not_allowed:
+        score_QB[rows_S, columns_S] = EXCLUDED
     error = product_error(*(approximation_error(rows.shape[1]) for rows in query))
     threshold_Q = torch.from_numpy(state.threshold_Q)
-    candidate_QB = score(*approximate) > (threshold_Q - error).float()[:, None]
-    candidate_QB &= cause_QB == ALLOWED
-    if int(candidate_QB.sum()) * SPARSE_SHARE > candidate_QB.numel():
-        candidate_QB = narrow_exactly(query, base, cause_QB == ALLOWED, threshold_Q, state.k)
+    candidate_QB = score_QB > (threshold_Q - error).clamp(min=EXCLUDED).float()[:, None]
+    if is_dense(candidate_QB):
+        # An entry this far below the tile's k-th best cannot be among the tile's k best.
+        kth_Q1 = score_QB.topk(min(state.k, len(base_ids_B)), dim=1).values[:, -1:]
+        candidate_QB &= score_QB >= kth_Q1 - 2 * error
+    if is_dense(candidate_QB):
+        candidate_QB = narrow_exactly(query, base, score_QB != EXCLUDED, threshold_Q, state.k)
     rows_S, columns_S = candidate_QB.nonzero(as_tuple=True)
     if not len(rows_S):
         return
     exact = [exact_entries(query[modality], base[modality], rows_S, columns_S).numpy() for modality in (0, 1)]
     state.merge(rows_S.numpy(), base_ids_B[columns_S.numpy()], *exact)
+
+
+def is_dense(entry_QB: torch.Tensor) -> bool:
+    """So many entries that the whole tile in float64 is cheaper than one entry after the other."""
+    return int(entry_QB.sum()) * SPARSE_SHARE > entry_QB.numel()
 
 
 def narrow_exactly(
@@ -87,10 +99,10 @@ def narrow_exactly(
 ) -> torch.Tensor:
     """bool [Q, B]: at most the k best of each row of the tile, ties by lower column, all above the row's threshold.
 
-    For tiles with many candidates (the first ones, or rows full of ties), where testing one by one would cost more.
+    For tiles full of ties, or of queries with fewer than k pairs above the floor.
     """
-    score_QB = score(exact_tile(query[0], base[0]), exact_tile(query[1], base[1]))
-    score_QB[~allowed_QB] = -1.0
+    score_QB = score_(exact_tile(query[0], base[0]), exact_tile(query[1], base[1]))
+    score_QB[~allowed_QB] = EXCLUDED
     kept = min(k, score_QB.shape[1])
     kth_Q1 = score_QB.topk(kept, dim=1).values[:, -1:]
     above_QB = score_QB > kth_Q1

@@ -14,8 +14,9 @@ import torch
 LENGTH_PRODUCT_BOUND = 1.02
 FLOAT32_ROUNDING = 2.0**-24
 # Entries of a tile that are cheaper to compute one by one than as a whole float64 tile: below one in this many.
-SPARSE_SHARE = 256
-GATHER_ROWS = 4096
+SPARSE_SHARE = 128
+# So few that the float64 copies stay in the cache.
+GATHER_ROWS = 256
 
 
 def load_rows(rows_ND: np.ndarray, ids: slice | np.ndarray) -> torch.Tensor:
@@ -57,6 +58,6 @@ def exact_entries(
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
 
-def score(image_similarity: torch.Tensor, text_similarity: torch.Tensor) -> torch.Tensor:
-    """max(s_image, 0) * max(s_text, 0): two dissimilarities never make a hard pair."""
-    return image_similarity.clamp(min=0) * text_similarity.clamp(min=0)
+def score_(image_similarity: torch.Tensor, text_similarity: torch.Tensor) -> torch.Tensor:
+    """max(s_image, 0) * max(s_text, 0), in the memory of its arguments: two dissimilarities never make a hard pair."""
+    return image_similarity.clamp_(min=0).mul_(text_similarity.clamp_(min=0))
