@@ -6,6 +6,8 @@ excluded for several causes counts under the first of CAUSES that applies.
 Shape letters: Q queries, B base rows of a tile, N pairs, C causes, S selected (query, base) entries of a tile.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
@@ -13,6 +15,8 @@ from mining.problem import SearchProblem
 from mining.similarity import approximation_error, exact_entries
 
 CAUSES = ("same_image", "same_caption", "near_image", "near_text")
+# Row numbers of queries and of base rows, int64 each.
+Entries = tuple[np.ndarray, np.ndarray]
 
 
 class ExclusionCount:
@@ -32,59 +36,71 @@ class ExclusionCount:
         self.example_QC[first_rows[new], column] = ids_S[order[first[new]]]
 
 
-def exclude_tile(
+class GroupLookup:
+    """Finds the rows of equal group number by sorting once: a query costs what it finds, not N."""
+
+    def __init__(self, base_group_B: np.ndarray):
+        self.order_B = np.argsort(base_group_B, kind="stable")
+        self.sorted_group_B = base_group_B[self.order_B]
+
+    def entries(self, query_group_Q: np.ndarray) -> Entries:
+        """All (query, base row) entries with equal group numbers."""
+        first_Q = np.searchsorted(self.sorted_group_B, query_group_Q, side="left")
+        count_Q = np.searchsorted(self.sorted_group_B, query_group_Q, side="right") - first_Q
+        rows_S = np.repeat(np.arange(len(query_group_Q)), count_Q)
+        offset_S = np.arange(len(rows_S)) - np.repeat(count_Q.cumsum() - count_Q, count_Q)
+        return rows_S, self.order_B[first_Q[rows_S] + offset_S]
+
+
+def exclude(
     problem: SearchProblem,
     query_ids_Q: np.ndarray,
-    base_ids_B: np.ndarray,
+    first_id: int,
+    found: Mapping[str, Entries],
+    num_base: int,
+    excluded: ExclusionCount,
+) -> list[Entries]:
+    """Entries (rows, columns) that may not be hard pairs among the base rows first_id..first_id+num_base.
+
+    `found` maps causes, in the order of CAUSES, to the entries they apply to. The queries themselves come first, by
+    id and never by similarity; they, and rows without an embedding, were never candidates and do not count as
+    excluded.
+    """
+    columns_Q = query_ids_Q - first_id
+    inside_Q = (columns_Q >= 0) & (columns_Q < num_base)
+    entries = [(np.flatnonzero(inside_Q), columns_Q[inside_Q])]
+    claimed = entries[0][0] * num_base + entries[0][1]
+    for cause, (rows_S, columns_S) in found.items():
+        key_S = rows_S * num_base + columns_S
+        new_S = ~np.isin(key_S, claimed) & problem.valid_N[first_id + columns_S]
+        entries.append((rows_S[new_S], columns_S[new_S]))
+        claimed = np.concatenate([claimed, key_S[new_S]])
+        if new_S.any():
+            excluded.add(cause, rows_S[new_S], first_id + columns_S[new_S])
+    return entries
+
+
+def find_in_tile(
+    problem: SearchProblem,
+    query_ids_Q: np.ndarray,
+    base_rows: slice,
     query: tuple[torch.Tensor, torch.Tensor],
     base: tuple[torch.Tensor, torch.Tensor],
     approximate: tuple[torch.Tensor, torch.Tensor],
-    excluded: ExclusionCount,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Entries (rows, columns) of the tile that may not be hard pairs: the queries themselves and their duplicates.
+) -> dict[str, Entries]:
+    """The duplicates in one tile, by cause and with overlaps; columns count from the tile's first row.
 
-    query and base hold the tile's float16 image and text rows, approximate their float32 [Q, B] cosines. Duplicates are
-    added to `excluded`.
+    query and base hold the tile's float16 image and text rows, approximate their float32 [Q, B] cosines.
     """
-    entries = [own_entries(query_ids_Q, base_ids_B)]
+    found = {}
     for group_N, cause in ((problem.image_group_N, "same_image"), (problem.caption_group_N, "same_caption")):
         if group_N is not None:
-            found = group_entries(group_N[query_ids_Q], group_N[base_ids_B])
-            found = without_invalid(problem, base_ids_B, found)
-            entries.append(count_new(cause, found, entries, base_ids_B, excluded))
+            found[cause] = GroupLookup(group_N[base_rows]).entries(group_N[query_ids_Q])
     ceilings = (problem.limits.image_ceiling, problem.limits.text_ceiling)
     for modality, cause in ((0, "near_image"), (1, "near_text")):
         if ceilings[modality] < 1.0:
-            found = entries_above(approximate[modality], ceilings[modality], query[modality], base[modality])
-            entries.append(count_new(cause, found, entries, base_ids_B, excluded))
-    return [(torch.from_numpy(rows_S), torch.from_numpy(columns_S)) for rows_S, columns_S in entries]
-
-
-Entries = tuple[np.ndarray, np.ndarray]
-
-
-def own_entries(query_ids_Q: np.ndarray, base_ids_B: np.ndarray) -> Entries:
-    """Self is excluded by id, never by similarity; base_ids_B is a contiguous ascending range."""
-    columns_Q = query_ids_Q - base_ids_B[0]
-    inside_Q = (columns_Q >= 0) & (columns_Q < len(base_ids_B))
-    return np.flatnonzero(inside_Q), columns_Q[inside_Q]
-
-
-def group_entries(query_group_Q: np.ndarray, base_group_B: np.ndarray) -> Entries:
-    """All (query, base) entries with equal group numbers, by sorting the base: costs what it finds, not Q times B."""
-    order = np.argsort(base_group_B, kind="stable")
-    first_Q = np.searchsorted(base_group_B[order], query_group_Q, side="left")
-    count_Q = np.searchsorted(base_group_B[order], query_group_Q, side="right") - first_Q
-    rows_S = np.repeat(np.arange(len(query_group_Q)), count_Q)
-    offset_S = np.arange(len(rows_S)) - np.repeat(count_Q.cumsum() - count_Q, count_Q)
-    return rows_S, order[first_Q[rows_S] + offset_S]
-
-
-def without_invalid(problem: SearchProblem, base_ids_B: np.ndarray, entries: Entries) -> Entries:
-    """Rows without an embedding were never candidates, so they do not count as excluded."""
-    rows_S, columns_S = entries
-    kept_S = problem.valid_N[base_ids_B[columns_S]]
-    return rows_S[kept_S], columns_S[kept_S]
+            found[cause] = entries_above(approximate[modality], ceilings[modality], query[modality], base[modality])
+    return found
 
 
 def entries_above(
@@ -98,16 +114,3 @@ def entries_above(
     if len(open_S):
         sure_S[open_S] = exact_entries(query_QD, base_BD, rows_S[open_S], columns_S[open_S]) > ceiling
     return rows_S[sure_S].numpy(), columns_S[sure_S].numpy()
-
-
-def count_new(
-    cause: str, found: Entries, earlier: list[Entries], base_ids_B: np.ndarray, excluded: ExclusionCount
-) -> Entries:
-    """Those of `found` that no earlier cause has claimed, after counting them under `cause`."""
-    width = len(base_ids_B)
-    claimed = np.concatenate([rows_S * width + columns_S for rows_S, columns_S in earlier])
-    new_S = ~np.isin(found[0] * width + found[1], claimed)
-    rows_S, columns_S = found[0][new_S], found[1][new_S]
-    if len(rows_S):
-        excluded.add(cause, rows_S, base_ids_B[columns_S])
-    return rows_S, columns_S

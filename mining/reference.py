@@ -8,7 +8,7 @@ neighbours.
 import numpy as np
 import torch
 
-from mining.duplicates import ExclusionCount, exclude_tile
+from mining.duplicates import ExclusionCount, exclude, find_in_tile
 from mining.problem import SearchProblem, TopK
 from mining.similarity import (
     SPARSE_SHARE,
@@ -47,17 +47,16 @@ class ReferenceSearch:
         live_ids_Q = query_ids_Q[live_Q]
         query = (load_rows(problem.image_ND, live_ids_Q), load_rows(problem.text_ND, live_ids_Q))
         for start in range(0, len(problem) if len(live_ids_Q) else 0, self.base_block):
-            base_ids_B = np.arange(start, min(start + self.base_block, len(problem)))
-            rows = slice(start, start + self.base_block)
+            rows = slice(start, min(start + self.base_block, len(problem)))
             base = (load_rows(problem.image_ND, rows), load_rows(problem.text_ND, rows))
-            search_tile(problem, live_ids_Q, base_ids_B, query, base, state, excluded)
+            search_tile(problem, live_ids_Q, rows, query, base, state, excluded)
         return spread(state, excluded, live_Q)
 
 
 def search_tile(
     problem: SearchProblem,
     query_ids_Q: np.ndarray,
-    base_ids_B: np.ndarray,
+    base_rows: slice,
     query: tuple[torch.Tensor, torch.Tensor],
     base: tuple[torch.Tensor, torch.Tensor],
     state: RunningTopK,
@@ -65,16 +64,17 @@ def search_tile(
 ) -> None:
     """Offer every candidate of one tile to the running top k, and count the tile's duplicates."""
     approximate = tuple(approximate_similarity(query[modality], base[modality]) for modality in (0, 1))
-    not_allowed = exclude_tile(problem, query_ids_Q, base_ids_B, query, base, approximate, excluded)
+    found = find_in_tile(problem, query_ids_Q, base_rows, query, base, approximate)
     score_QB = score_(*approximate)
-    for rows_S, columns_S in not_allowed:
+    num_base = score_QB.shape[1]
+    for rows_S, columns_S in exclude(problem, query_ids_Q, base_rows.start, found, num_base, excluded):
         score_QB[rows_S, columns_S] = EXCLUDED
     error = product_error(*(approximation_error(rows.shape[1]) for rows in query))
     threshold_Q = torch.from_numpy(state.threshold_Q)
     candidate_QB = score_QB > (threshold_Q - error).clamp(min=EXCLUDED).float()[:, None]
     if is_dense(candidate_QB):
         # An entry this far below the tile's k-th best cannot be among the tile's k best.
-        kth_Q1 = score_QB.topk(min(state.k, len(base_ids_B)), dim=1).values[:, -1:]
+        kth_Q1 = score_QB.topk(min(state.k, num_base), dim=1).values[:, -1:]
         candidate_QB &= score_QB >= kth_Q1 - 2 * error
     if is_dense(candidate_QB):
         candidate_QB = narrow_exactly(query, base, score_QB != EXCLUDED, threshold_Q, state.k)
@@ -82,7 +82,7 @@ def search_tile(
     if not len(rows_S):
         return
     exact = [exact_entries(query[modality], base[modality], rows_S, columns_S).numpy() for modality in (0, 1)]
-    state.merge(rows_S.numpy(), base_ids_B[columns_S.numpy()], *exact)
+    state.merge(rows_S.numpy(), base_rows.start + columns_S.numpy(), *exact)
 
 
 def is_dense(entry_QB: torch.Tensor) -> bool:

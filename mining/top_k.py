@@ -24,6 +24,13 @@ class RunningTopK:
         """float64 [Q]: a later id must score strictly more than this to enter."""
         return np.maximum(self.score_QK[:, -1], self.floor)
 
+    def clear(self, rows: np.ndarray) -> None:
+        """Forget all candidates of the queries `rows`."""
+        self.ids_QK[rows] = NO_PAIR
+        self.image_similarity_QK[rows] = 0.0
+        self.text_similarity_QK[rows] = 0.0
+        self.score_QK[rows] = -np.inf
+
     def merge(
         self, rows_S: np.ndarray, ids_S: np.ndarray, image_similarity_S: np.ndarray, text_similarity_S: np.ndarray
     ) -> None:
