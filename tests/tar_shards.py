@@ -1,0 +1,62 @@
+"""Tar shards for tests, written as img2dataset writes them, and the ingest program called in this process."""
+
+import io
+import json
+import random
+import tarfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from PIL import Image
+
+from train.data.pair_store import PairStore
+from train.ingest.__main__ import main
+
+Member = tuple[str, bytes]
+
+
+def image_bytes(seed: int, image_format: str = "JPEG", size: tuple[int, int] = (24, 16)) -> bytes:
+    """A noise image, another one for every seed."""
+    buffer = io.BytesIO()
+    pixels = random.Random(seed).randbytes(size[0] * size[1] * 3)
+    Image.frombytes("RGB", size, pixels).save(buffer, image_format)
+    return buffer.getvalue()
+
+
+def sample(
+    key: str, caption: str | bytes = "a caption", image: bytes | None = None, extension: str = "jpg"
+) -> list[Member]:
+    """The members of one sample: image, caption, json."""
+    image = image_bytes(hash_of(key)) if image is None else image
+    caption = caption.encode() if isinstance(caption, str) else caption
+    return [(f"{key}.{extension}", image), (f"{key}.txt", caption), (f"{key}.json", json.dumps({"key": key}).encode())]
+
+
+def hash_of(text: str) -> int:
+    return int.from_bytes(text.encode(), "little")
+
+
+def samples(keys: Iterable[str]) -> list[Member]:
+    return [member for key in keys for member in sample(key, f"the picture {key}")]
+
+
+def write_tar(path: Path, members: Sequence[Member], mode: str = "w") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def ingest(shards: str | Path | Sequence[str | Path], out: Path, *flags: str) -> PairStore:
+    """Run `python -m train.ingest` without the process; returns the store."""
+    patterns = [shards] if isinstance(shards, str | Path) else shards
+    main(["--shards", *map(str, patterns), "--out", str(out), "--workers", "1", *flags])
+    return PairStore.open(out)
+
+
+def rejected(out: Path) -> list[tuple[str, str, str]]:
+    return [(row["shard"], row["key"], row["reason"]) for row in pq.read_table(out / "rejected.parquet").to_pylist()]
