@@ -131,6 +131,11 @@ class ArrayFolderWriter:
     def _marker(self, start: int, stop: int) -> Path:
         return self.partial / "blocks" / f"{start:012d}-{stop:012d}.json"
 
+    def refresh(self) -> np.ndarray:
+        """Look again at what all processes have written; returns `rows_done`."""
+        self.rows_done = self._read_rows_done(verify=False)
+        return self.rows_done
+
     def _read_rows_done(self, *, verify: bool) -> np.ndarray:
         """bool [N]: the rows whose block marker exists and, with `verify`, whose bytes still have its checksums."""
         # The manifest is the last file of all, so that its presence in the partial folder means: every row is there.
@@ -157,7 +162,7 @@ class ArrayFolderWriter:
         Exactly one process calls it, after all others have written their rows. Raises ValueError naming the first rows
         that nobody wrote.
         """
-        rows_done = self._read_rows_done(verify=False)
+        rows_done = self.refresh()
         if not rows_done.all():
             first = int(np.argmin(rows_done))
             raise ValueError(

@@ -3,13 +3,17 @@
 Shape letters: N pairs, Q queries of one block, K neighbours, C causes of exclusion.
 """
 
+import importlib.util
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from mining.array_folder import ArrayFolderWriter
 from mining.embedding_store import EmbeddingStore
 from mining.manifest import MANIFEST_NAME
 from mining.pair_table import KIND, NO_PAIR, PairTable, pair_table_writer
@@ -19,6 +23,7 @@ from mining.summary import SUMMARY_NAME, summarise
 
 BACKENDS = ("reference", "faiss")
 QUERY_BLOCK = 1024
+POLL_S = 0.5
 
 
 def search_pairs(
@@ -31,17 +36,24 @@ def search_pairs(
     block: int = QUERY_BLOCK,
     resume: bool = True,
     show_progress: bool = False,
-) -> PairTable:
+    rank: int = 0,
+    world_size: int = 1,
+) -> PairTable | None:
     """Find the k hard pairs of every pair of `store` and write them as the PairTable `out`.
 
-    The result has the same bytes for every block size, backend, and number of interruptions. `block`: queries
+    The result has the same bytes for every block size, number of ranks and number of interruptions. `block`: queries
     committed at a time. `resume`: keep an unfinished or finished table of the same store and parameters.
     `noise_alignment_quantile` in [0, 1): share of the valid pairs, those of lowest own image-text alignment, that are
-    marked as noise. Raises ValueError for parameters out of range, an unknown backend, or a quantile on a store
-    without alignment.
+    marked as noise. Rank r of `world_size` searches every world_size-th block; rank 0 waits for the others' blocks on disk
+    and finishes, the others return None. Raises ValueError for parameters out of range, an unknown backend, or a quantile
+    on a store without alignment.
     """
     if block < 1:
         raise ValueError(f"block={block}, but a block needs at least 1 query")
+    if world_size > 1 and not resume:
+        raise ValueError(
+            f"starting afresh with {world_size} ranks would let one delete another's blocks; remove {out} first"
+        )
     tail_N = lowest_alignment(store, noise_alignment_quantile)
     problem = SearchProblem.of(store, limits)
     parameters = {
@@ -54,6 +66,8 @@ def search_pairs(
     }
     searcher = make_backend(backend, problem)
     if resume and (finished := finished_table(out, store, parameters)):
+        if show_progress:
+            print(f"{out} is complete already, made from the same embeddings and parameters", file=sys.stderr)
         return finished
     writer = pair_table_writer(
         out,
@@ -65,8 +79,13 @@ def search_pairs(
         resume=resume,
     )
     started = time.monotonic()
-    num_searched = search_missing_rows(writer, searcher, problem.valid_N, tail_N, block, show_progress)
-    timing = {"seconds": round(time.monotonic() - started, 3), "num_searched": num_searched}
+    num_done = int(writer.rows_done.sum())
+    starts = range(rank * block, len(store), world_size * block)
+    search_missing_rows(writer, searcher, problem.valid_N, tail_N, starts, block, show_progress)
+    if rank != 0:
+        return None
+    wait_for_all_rows(writer)
+    timing = {"seconds": round(time.monotonic() - started, 3), "num_searched": len(store) - num_done}
     tables = {name: writer.read_rows(name) for name in writer.specs}
     summary = {**summarise(tables, problem.valid_N, tail_N), **timing, "parameters": parameters, "path": str(out)}
     writer.finish(files={SUMMARY_NAME: summary})
@@ -77,7 +96,9 @@ def make_backend(name: str, problem: SearchProblem) -> SearchBackend:
     if name == "reference":
         return ReferenceSearch(problem)
     if name == "faiss":
-        # faiss is optional and must come after torch, see mining.index.
+        if importlib.util.find_spec("faiss") is None:
+            raise ValueError("backend='faiss' needs the package faiss-gpu or faiss-cpu; install it or use 'reference'")
+        # Only here, so that everything else works without faiss.
         from mining.index import FaissSearch
 
         return FaissSearch(problem)
@@ -85,15 +106,22 @@ def make_backend(name: str, problem: SearchProblem) -> SearchBackend:
 
 
 def search_missing_rows(
-    writer: Any, searcher: SearchBackend, valid_N: np.ndarray, tail_N: np.ndarray, block: int, show_progress: bool
-) -> int:
-    """Search the blocks that are not on disk yet, commit each; returns the number of queries searched now."""
+    writer: ArrayFolderWriter,
+    searcher: SearchBackend,
+    valid_N: np.ndarray,
+    tail_N: np.ndarray,
+    starts: Sequence[int],
+    block: int,
+    show_progress: bool,
+) -> None:
+    """Search the blocks of queries that begin at `starts` and are not on disk yet, commit each."""
     num_pairs = len(valid_N)
-    todo = [start for start in range(0, num_pairs, block) if not writer.rows_done[start : start + block].all()]
-    num_done = num_pairs - sum(min(block, num_pairs - start) for start in todo)
+    ranges = [(start, min(start + block, num_pairs)) for start in starts]
+    todo = [(start, stop) for start, stop in ranges if not writer.rows_done[start:stop].all()]
+    total = sum(stop - start for start, stop in ranges)
     with tqdm(
-        total=num_pairs,
-        initial=num_done,
+        total=total,
+        initial=total - sum(stop - start for start, stop in todo),
         desc=f"search ({searcher.name})",
         unit="pair",
         unit_scale=True,
@@ -101,13 +129,18 @@ def search_missing_rows(
         mininterval=0.5,
         disable=not show_progress,
     ) as progress:
-        for start in todo:
-            query_ids_Q = np.arange(start, min(start + block, num_pairs))
+        for start, stop in todo:
+            query_ids_Q = np.arange(start, stop)
             top = searcher.search(query_ids_Q)
             noise_Q = (top.ids_QK[:, 0] == NO_PAIR) | tail_N[query_ids_Q] | ~valid_N[query_ids_Q]
             writer.write_rows(start, table_rows(top, noise_Q))
-            progress.update(len(query_ids_Q))
-    return num_pairs - num_done
+            progress.update(stop - start)
+
+
+def wait_for_all_rows(writer: ArrayFolderWriter) -> None:
+    """Return once the blocks of the other ranks are on disk; a rank that dies is the launcher's to notice."""
+    while not writer.refresh().all():
+        time.sleep(POLL_S)
 
 
 def table_rows(top: TopK, noise_Q: np.ndarray) -> dict[str, np.ndarray]:

@@ -3,7 +3,9 @@
 Shape letters: N pairs, K neighbours, C causes of exclusion.
 """
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 NUM_BINS = 1000
 NUM_HUBS = 10
 HISTOGRAM_BARS = 20
+BAR_CHARACTERS = 40
 
 
 def summarise(tables: Mapping[str, np.ndarray], valid_N: np.ndarray, tail_N: np.ndarray) -> dict[str, Any]:
@@ -57,6 +60,76 @@ def summarise(tables: Mapping[str, np.ndarray], valid_N: np.ndarray, tail_N: np.
         },
         "hubs": hub_summary(counted["in_degree_N"]),
     }
+
+
+def read_summary(path: str | Path) -> dict[str, Any]:
+    """The summary.json of a PairTable; ValueError when it is missing or damaged."""
+    file = Path(path) / SUMMARY_NAME
+    remedy = "run `python -m mining.main search` again with --no-resume"
+    if not file.is_file():
+        raise ValueError(f"{file} is missing, the numbers of this PairTable are not known; {remedy}")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); {remedy}") from error
+
+
+def summary_text(summary: Mapping[str, Any], *, with_details: bool = False) -> str:
+    """The summary for the terminal, with histogram and hubs when `with_details`."""
+    pairs, coverage = summary["pairs"], summary["coverage"]
+    excluded, noise = summary["excluded"], summary["noise"]
+    causes = ", ".join(f"{cause.replace('_', ' ')} {excluded[cause]:,}" for cause in CAUSES)
+    lines = [
+        f"pairs            {pairs:,} (k = {summary['k']})",
+        f"coverage         {share(coverage['with_a_hard_pair'], pairs)} have a hard pair, "
+        f"{share(coverage['with_k_hard_pairs'], pairs)} have all {summary['k']}",
+        f"exact            {share(summary['certified'], pairs)} certified",
+        f"left out         {excluded['total']:,} duplicates of {excluded['pairs_with_excluded']:,} pairs ({causes})",
+        f"noise anchors    {share(noise['total'], pairs)}: nothing agrees {noise['nothing_agrees']:,}, "
+        f"lowest alignment {noise['lowest_alignment']:,}, no valid embedding {noise['invalid_embedding']:,}"
+        + (f" (pairs {', '.join(map(str, noise['invalid_examples']))})" if noise["invalid_examples"] else ""),
+        f"best score       {quantile_text(summary['score']['best_of_pair'])}",
+        f"all scores       {quantile_text(summary['score']['all_hard_pairs'])}",
+    ]
+    if with_details:
+        lines += ["", *histogram_lines(summary["score"]["histogram"]), "", *hub_lines(summary["hubs"]), ""]
+    if "seconds" in summary:
+        lines.append(f"time             {summary['seconds']:.1f} s for {summary['num_searched']:,} pairs")
+    return "\n".join([*lines, *([f"pair table       {summary['path']}"] if "path" in summary else [])])
+
+
+def share(count: int, total: int) -> str:
+    return f"{count:,} ({100.0 * count / total:.1f} %)"
+
+
+def quantile_text(quantiles: Mapping[str, float] | None) -> str:
+    if quantiles is None:
+        return "no hard pairs"
+    shown = {"0.1": "10 %", "0.5": "median", "0.9": "90 %"}
+    return ", ".join(f"{label} {quantiles[key]:.3f}" for key, label in shown.items())
+
+
+def histogram_lines(histogram: list[int]) -> list[str]:
+    """One line for each bar from the lowest to the highest that holds a score."""
+    filled = [bar for bar, count in enumerate(histogram) if count]
+    if not filled:
+        return ["score histogram: no hard pairs"]
+    width, most = 1.0 / len(histogram), max(histogram)
+    lines = ["score            hard pairs"]
+    for bar in range(filled[0], filled[-1] + 1):
+        length = -(-histogram[bar] * BAR_CHARACTERS // most)
+        lines.append(
+            f"{bar * width:.2f} - {(bar + 1) * width:.2f}      {'#' * length:<{BAR_CHARACTERS}} {histogram[bar]:,}"
+        )
+    return lines
+
+
+def hub_lines(hubs: Mapping[str, Any]) -> list[str]:
+    largest = ", ".join(f"{pair_id} ({count:,})" for pair_id, count in hubs["largest"][:5])
+    return [
+        f"hubs             pair ids in most lists: {largest}; median {hubs['median_lists']:g}",
+        f"never listed     {hubs['never_listed']:,} pairs are nobody's hard pair",
+    ]
 
 
 def count_rows(tables: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
