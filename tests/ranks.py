@@ -1,4 +1,4 @@
-"""Runs a function on several ranks, each a spawned process with a gloo process group, and returns what each rank
+"""Runs a function on several ranks, each a fresh process with a gloo process group, and returns what each rank
 returned.
 
 In: a module-level function(rank, world_size, *args). Out: the list of results in rank order. A rank that fails takes
@@ -6,6 +6,7 @@ all ranks down, and its traceback is in the error.
 """
 
 import multiprocessing
+import os
 import pickle
 import tempfile
 import time
@@ -24,10 +25,14 @@ def run_on_ranks(
     `function` and `args` must be picklable, `function` at the top level of its module, its result picklable too. Raises
     RuntimeError with the failing rank's traceback, TimeoutError after `timeout_s` seconds.
     """
-    context = multiprocessing.get_context("spawn")
+    # Forked from a server that has imported torch and run nothing: fresh processes without seconds of imports for each.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed"])
     with tempfile.TemporaryDirectory(prefix="hardpair_ranks_") as folder:
         processes = [
-            context.Process(target=_run_rank, args=(function, rank, world_size, args, folder, timeout_s, backend))
+            context.Process(
+                target=_run_rank, args=(function, rank, world_size, args, folder, timeout_s, backend, dict(os.environ))
+            )
             for rank in range(world_size)
         ]
         for process in processes:
@@ -49,10 +54,14 @@ def _run_rank(
     folder: str,
     timeout_s: float,
     backend: str,
+    environment: dict[str, str],
 ) -> None:
     import torch
     import torch.distributed
 
+    # The server's environment is that of the first call; this call's counts.
+    os.environ.clear()
+    os.environ.update(environment)
     # Several ranks share the test machine's few cores.
     torch.set_num_threads(1)
     try:

@@ -1,0 +1,1 @@
+"""Microbenchmarks of the operations against their peers; `python -m kernels.bench --help`."""
