@@ -65,7 +65,9 @@ class BlockDataset(Dataset[tuple[int, torch.Tensor, torch.Tensor]]):
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor, torch.Tensor]:
         start = self.blocks[index] * self.block_size
         samples = [self.store[pair_id] for pair_id in range(start, min(start + self.block_size, len(self.store)))]
-        images = torch.stack([self.preprocess(Image.open(io.BytesIO(sample.image)).convert("RGB")) for sample in samples])
+        images = torch.stack(
+            [self.preprocess(Image.open(io.BytesIO(sample.image)).convert("RGB")) for sample in samples]
+        )
         return start, images, self.tokenizer([sample.caption for sample in samples])
 
 
@@ -87,7 +89,9 @@ def embed(config: EmbedConfig, ranks: Ranks) -> None:
     if not ranks.is_main:
         writer = open_writer(config, store, loaded)
     num_blocks = -(-len(store) // config.batch_size)
-    missing = [b for b in range(num_blocks) if not writer.rows_done[b * config.batch_size : (b + 1) * config.batch_size].all()]
+    missing = [
+        b for b in range(num_blocks) if not writer.rows_done[b * config.batch_size : (b + 1) * config.batch_size].all()
+    ]
     barrier()  # every rank has read what is done before any rank adds to it, so that all share out the same list
     dataset = BlockDataset(store, loaded, missing[ranks.rank :: ranks.world_size], config.batch_size)
     bar = tqdm(
@@ -103,7 +107,9 @@ def embed(config: EmbedConfig, ranks: Ranks) -> None:
     )
     for start, images, tokens in DataLoader(dataset, batch_size=None, num_workers=config.workers):
         image_BD, text_BD = features(loaded, images.to(ranks.device), tokens.to(ranks.device))
-        writer.write_rows(start, image_BD, text_BD, (image_BD * text_BD).sum(1) if image_BD.shape == text_BD.shape else None)
+        writer.write_rows(
+            start, image_BD, text_BD, (image_BD * text_BD).sum(1) if image_BD.shape == text_BD.shape else None
+        )
         # Rank 0's share stands for everybody's.
         bar.update(min(len(images) * ranks.world_size, len(store) - bar.n))
     bar.close()

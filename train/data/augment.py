@@ -6,12 +6,14 @@ Shape letters: C H W image.
 
 import hashlib
 import io
+import math
 import random
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms import v2
+from torchvision.transforms import functional
 
 # How many further phrases join the first one, drawn uniformly from this list.
 NUM_EXTRA_PHRASES = (0, 0, 0, 0, 1, 1, 1, 2, 2, 2)
@@ -39,37 +41,64 @@ class AugmentConfig:
     """with phrase_separator: how often the first phrase is left out in favour of the others"""
 
 
-def training_transform(config: AugmentConfig, image_size: tuple[int, int]) -> v2.Transform:
-    """PIL image -> uint8 [3, H, W]. Normalisation is left to the device, which gets a quarter of the bytes that way."""
-    steps: list[v2.Transform] = [
-        v2.RandomResizedCrop(
-            image_size,
-            scale=config.scale,
-            ratio=config.ratio,
-            interpolation=v2.InterpolationMode.BICUBIC,
-            antialias=True,
-        )
-    ]
-    if config.horizontal_flip_prob:
-        steps.append(v2.RandomHorizontalFlip(config.horizontal_flip_prob))
-    if config.color_jitter_prob:
-        steps.append(v2.RandomApply([v2.ColorJitter(*config.color_jitter)], p=config.color_jitter_prob))
-    if config.gray_scale_prob:
-        steps.append(v2.RandomGrayscale(config.gray_scale_prob))
-    return v2.Compose([*steps, v2.PILToTensor()])
-
-
 def draw_seed(*names: int) -> int:
     """A 63-bit seed that depends on every name and on their order."""
     return int.from_bytes(hashlib.blake2b(repr(names).encode(), digest_size=8).digest(), "little") >> 1
 
 
-def augment_image(image_bytes: bytes, transform: v2.Transform, seed: int) -> torch.Tensor:
-    """Decode and transform one picture with its own random state: uint8 [3, H, W]. The global generator is left as it was."""
+def augment_image(image_bytes: bytes, config: AugmentConfig, image_size: tuple[int, int], seed: int) -> torch.Tensor:
+    """Decode one picture, cut a random part of it and scale that to image_size (height, width): uint8 [3, H, W].
+
+    Normalisation is left to the device, which gets a quarter of the bytes that way. Raises OSError for a picture that can't be
+    decoded.
+    """
+    # Python's generator: seeding torch's for every picture costs as much as decoding it.
+    rng = random.Random(seed)
     image = Image.open(io.BytesIO(image_bytes)).convert("RGB")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return transform(image)
+    height, width = image_size
+    image = image.resize((width, height), Image.Resampling.BICUBIC, box=random_crop(image.size, config, rng))
+    if rng.random() < config.horizontal_flip_prob:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if rng.random() < config.color_jitter_prob:
+        image = jitter_colors(image, config.color_jitter, rng)
+    if rng.random() < config.gray_scale_prob:
+        image = image.convert("L").convert("RGB")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def random_crop(size: tuple[int, int], config: AugmentConfig, rng: random.Random) -> tuple[int, int, int, int]:
+    """Box (left, upper, right, lower) of a random part of a picture of `size` (width, height).
+
+    Torchvision's RandomResizedCrop: area uniform in `scale`, aspect ratio log-uniform in `ratio`; after ten boxes that do not fit,
+    the largest central one whose ratio is allowed.
+    """
+    width, height = size
+    for _ in range(10):
+        area = width * height * rng.uniform(*config.scale)
+        aspect = math.exp(rng.uniform(math.log(config.ratio[0]), math.log(config.ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, upper = rng.randint(0, width - w), rng.randint(0, height - h)
+            return left, upper, left + w, upper + h
+    aspect = min(max(width / height, config.ratio[0]), config.ratio[1])
+    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+    left, upper = (width - w) // 2, (height - h) // 2
+    return left, upper, left + w, upper + h
+
+
+def jitter_colors(image: Image.Image, strength: tuple[float, float, float, float], rng: random.Random) -> Image.Image:
+    """Change brightness, contrast, saturation and hue in random order (SimCLR's colour distortion)."""
+    brightness, contrast, saturation, hue = strength
+    changes = [
+        (functional.adjust_brightness, rng.uniform(max(0.0, 1 - brightness), 1 + brightness)),
+        (functional.adjust_contrast, rng.uniform(max(0.0, 1 - contrast), 1 + contrast)),
+        (functional.adjust_saturation, rng.uniform(max(0.0, 1 - saturation), 1 + saturation)),
+        (functional.adjust_hue, rng.uniform(-hue, hue)),
+    ]
+    rng.shuffle(changes)
+    for change, factor in changes:
+        image = change(image, factor)
+    return image
 
 
 def sample_phrases(caption: str, config: AugmentConfig, seed: int) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mining import PairTable
-from train.data.augment import AugmentConfig, augment_image, draw_seed, sample_phrases, training_transform
+from train.data.augment import AugmentConfig, augment_image, draw_seed, sample_phrases
 from train.data.pair_store import PairStore
 from train.data.plan import EpochPlan, Partners, conflict_groups
 
@@ -73,14 +73,14 @@ class StepDataset(Dataset[RankBatch]):
         seed: int,
         rank: int,
         world_size: int,
-        image_size: tuple[int, int],
+        image_size: tuple[int, int],  # height, width
         tokenizer: Callable[[list[str]], torch.Tensor],
     ) -> None:
         self.config, self.augment, self.tokenizer = config, augment, tokenizer
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.store = PairStore.open(config.store)
         self.table = open_pair_table(config, self.store)
-        self.transform = training_transform(augment, image_size)
+        self.image_size = image_size
         self.conflict_group_N = (
             conflict_groups(self.store.caption_group_N, self.store.image_group_N)
             if config.keep_duplicates_apart
@@ -118,7 +118,7 @@ class StepDataset(Dataset[RankBatch]):
         sample = self.store[pair_id]
         seed = draw_seed(self.seed, step, pair_id)
         try:
-            image = augment_image(sample.image, self.transform, seed)
+            image = augment_image(sample.image, self.augment, self.image_size, seed)
         except OSError as error:
             # Ingest decoded every picture, so this one was damaged since: stop rather than change the data silently.
             raise ValueError(
