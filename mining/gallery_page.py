@@ -38,7 +38,7 @@ STYLE = """
   vertical-align: middle; }
 .gallery .anchor { display: grid; grid-template-columns: 190px minmax(0, 1fr); gap: 0 20px; background: var(--card);
   border: 1px solid var(--line); border-radius: 10px; padding: 16px; margin: 0 0 14px; }
-.gallery .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(118px, 1fr)); gap: 14px 12px; }
+.gallery .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(108px, 1fr)); gap: 14px 12px; }
 .gallery figure { margin: 0; min-width: 0; }
 .gallery .plate { background: var(--plate); border: 1px solid var(--line); border-radius: 6px; overflow: hidden;
   aspect-ratio: 1; display: flex; align-items: center; justify-content: center; }

@@ -22,10 +22,9 @@ from mining.problem import SearchProblem, TopK
 from mining.reference import ReferenceSearch, spread
 from mining.similarity import (
     FLOAT32_ROUNDING,
-    GATHER_ROWS,
     LENGTH_PRODUCT_BOUND,
     approximation_error,
-    load_rows,
+    exact_runs,
 )
 from mining.top_k import RunningTopK
 
@@ -114,8 +113,8 @@ class FaissSearch:
         rows_S, ids_S = np.repeat(rows, length), list_RM.ravel()
         allowed_S = ~np.isin(rows_S * num_pairs + ids_S, barred)
         rows_S, ids_S = rows_S[allowed_S], ids_S[allowed_S]
-        image_S = exact_cosines(self.problem.image_ND, ids_Q[rows_S], ids_S)
-        text_S = exact_cosines(self.problem.text_ND, ids_Q[rows_S], ids_S)
+        image_S = exact_runs(self.problem.image_ND, self.problem.image_ND, ids_Q[rows_S], ids_S)
+        text_S = exact_runs(self.problem.text_ND, self.problem.text_ND, ids_Q[rows_S], ids_S)
         state.clear(rows)
         state.merge(rows_S, ids_S, image_S, text_S)
         width = self.joint.d
@@ -176,21 +175,11 @@ def list_length(needed_Q: np.ndarray) -> np.ndarray:
     return 2 ** np.ceil(np.log2(np.maximum(needed_Q, SHORTEST_LIST))).astype(np.int64)
 
 
-def exact_cosines(rows_ND: np.ndarray, left_S: np.ndarray, right_S: np.ndarray) -> np.ndarray:
-    """float64 [S], exact (see mining.similarity): cosines of the pairs left_S with the pairs right_S."""
-    cosine_S = np.empty(len(left_S))
-    for start in range(0, len(left_S), GATHER_ROWS):
-        part = slice(start, start + GATHER_ROWS)
-        left, right = load_rows(rows_ND, left_S[part]).double(), load_rows(rows_ND, right_S[part]).double()
-        cosine_S[part] = (left * right).sum(dim=1).numpy()
-    return cosine_S
-
-
 def near_entries(index: faiss.IndexFlatIP, rows_ND: np.ndarray, ceiling: float, ids_Q: np.ndarray) -> Entries:
     """Entries (query number, id) whose exact cosine is above `ceiling`."""
     error = approximation_error(rows_ND.shape[1]) + 1e-7
     query_QD = np.asarray(rows_ND[ids_Q], np.float32)
     first_Q, _, ids_S = index.range_search(query_QD, ceiling - error)
     rows_S = np.repeat(np.arange(len(ids_Q)), np.diff(first_Q.astype(np.int64)))
-    above_S = exact_cosines(rows_ND, ids_Q[rows_S], ids_S) > ceiling
+    above_S = exact_runs(rows_ND, rows_ND, ids_Q[rows_S], ids_S) > ceiling
     return rows_S[above_S], ids_S[above_S]
