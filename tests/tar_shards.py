@@ -8,12 +8,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 
+from mining.command_line import run
 from train.data.pair_store import PairStore
 from train.ingest.__main__ import main
 
 Member = tuple[str, bytes]
+# Unequal on purpose: ids that follow arrival order or a constant shard size would not survive.
+SHARD_SIZES = [13, 1, 30, 0, 6]
 
 
 def image_bytes(seed: int, image_format: str = "JPEG", size: tuple[int, int] = (24, 16)) -> bytes:
@@ -60,3 +64,31 @@ def ingest(shards: str | Path | Sequence[str | Path], out: Path, *flags: str) ->
 
 def rejected(out: Path) -> list[tuple[str, str, str]]:
     return [(row["shard"], row["key"], row["reason"]) for row in pq.read_table(out / "rejected.parquet").to_pylist()]
+
+
+def write_shards(folder: Path, *, shuffled: bool = False) -> list[Path]:
+    """Shards 00000.tar ..; keys as img2dataset gives them."""
+    paths = []
+    for shard, size in enumerate(SHARD_SIZES):
+        members = samples(f"{shard:05d}{number:04d}" for number in range(size))
+        if shuffled:
+            random.Random(shard).shuffle(members)
+        paths.append(write_tar(folder / f"{shard:05d}.tar", members))
+    return paths
+
+
+def store_bytes(folder: Path) -> dict[str, bytes]:
+    """Every file of a store but the note of where it came from."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "ingest.json"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def fails_with(capsys, *arguments: str) -> str:
+    """Run the program as a user does; returns its one line on stderr."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        run(main, list(arguments))
+    assert caught.value.code == 2
+    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").split("\n") if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]

@@ -159,7 +159,6 @@ FILES = [
     "ledger.parquet",
     "rejected.parquet",
     "checksums.npy",
-    "ingest.json",
     "shards/00001/shard.00000.mds",
 ]
 

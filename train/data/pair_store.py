@@ -1,5 +1,8 @@
 """PairStore: image-text pairs with dense ids 0..N-1, written once by `train.ingest`, read by id everywhere else.
 
+Ids follow the order of (source shard name, key), both compared as strings: the same input has the same ids wherever and
+with however many workers it is ingested.
+
 A folder:
     index.json         MDS index over every shard file; sample i of the whole is pair_id i. Streaming reads it as it is.
     shards/*/*.mds     columns caption (str), image (bytes as found), key (str), pair_id (int)
@@ -16,6 +19,7 @@ import json
 import operator
 import unicodedata
 import zlib
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -168,7 +172,7 @@ class PairStore:
 
         return [reader_from_json(str(self.path), None, info) for info in self._shard_infos]
 
-    def _load(self, name: str, make: Any) -> Any:
+    def _load(self, name: str, make: Callable[[], Any]) -> Any:
         if name not in self._loaded:
             self._loaded[name] = make()
         return self._loaded[name]

@@ -29,7 +29,7 @@ from train.data.pair_store import (
     REJECTED_NAME,
     SHARDS_FOLDER,
 )
-from train.ingest.plan import PLAN_NAME, Parameters
+from train.ingest.plan import Parameters
 from train.ingest.worker import (
     LEDGER_SCHEMA,
     REJECTED_SCHEMA,
@@ -52,7 +52,7 @@ def finish_store(out: Path, num_shards: int, parameters: Parameters, workers: in
     number_samples(folders, fragments, first_ids, workers)
     write_ledger(out, folders, first_ids)
     write_index(out, folders, fragments)
-    names = [INDEX_NAME, LEDGER_NAME, REJECTED_NAME, CHECKSUMS_NAME, PLAN_NAME]
+    names = [INDEX_NAME, LEDGER_NAME, REJECTED_NAME, CHECKSUMS_NAME]
     make_durable([out / name for name in names])
     write_manifest(
         out,

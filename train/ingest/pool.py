@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ _counters: Any = None
 def start_worker(counters: Any) -> None:
     global _counters
     _counters = counters
-    # Ctrl-C goes to the whole process group; the main process decides.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A group of its own: Ctrl-C reaches only the main process, and the worker can be ended with its `pipe:` command.
+    os.setpgrp()
     # --max-pixels is the limit, checked before decoding.
     Image.MAX_IMAGE_PIXELS = None
     ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -48,7 +49,15 @@ def start_worker(counters: Any) -> None:
 def exit_with_parent() -> None:
     """A worker whose main process was killed would wait for work for ever, and hold the shard it writes."""
     multiprocessing.parent_process().join()
-    os._exit(1)
+    os.killpg(0, signal.SIGKILL)
+
+
+def kill_group(worker: BaseProcess) -> None:
+    try:
+        os.killpg(worker.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        # It has not come to start_worker yet, or is gone.
+        worker.kill()
 
 
 def run_shard(number: int, source: Source, out: Path, parameters: Parameters) -> None:
@@ -94,7 +103,7 @@ def ingest_shards(sources: Sequence[Source], out: Path, parameters: Parameters, 
         # Ctrl-C, a full disk: what the workers are writing is given up, fragments are whole or absent.
         pool.shutdown(wait=False, cancel_futures=True)
         for worker in set(multiprocessing.active_children()) - others:
-            worker.terminate()
+            kill_group(worker)
         raise
     finally:
         bar.close()

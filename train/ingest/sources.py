@@ -147,7 +147,9 @@ def path_of(url: str) -> str:
 
 def path_in_command(command: str) -> str:
     try:
-        words = [strip_query(word) for word in shlex.split(command)]
+        lexer = shlex.shlex(command, posix=True, punctuation_chars=True)
+        lexer.whitespace_split, lexer.commenters = True, ""
+        words = [strip_query(word) for word in lexer]
     except ValueError:
         words = []
     tars = [word for word in words if word.endswith(TAR_ENDINGS)]
