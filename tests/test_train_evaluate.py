@@ -199,7 +199,7 @@ def test_templates_are_averaged_like_open_clips_legacy_per_class_loop(encoder):
 
     names, task = ["cat", "a {brace}"], ZeroShot("x", templates=("openai",))
     templates = expand_templates(task.templates, "here")
-    ours_VD = zeroshot.class_features(encoder, task, names)
+    ours_VD = zeroshot.class_features(encoder, task, names, {})
     with torch.no_grad():
         theirs_DV = build_zero_shot_classifier_legacy(
             encoder.loaded.model, encoder.loaded.tokenizer, names, templates, "cpu"

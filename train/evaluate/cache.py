@@ -28,7 +28,7 @@ def encode_with_cache(
     found = read_cache(folder, stem, wanted)
     if found is None:
         found = encode_source(encoder, source, keep_fields, title=title)
-        write_cache(folder, stem, wanted, found)
+        write_cache(folder, stem, wanted, found, keep_fields)
     return found
 
 
@@ -49,11 +49,12 @@ def read_cache(folder: Path, stem: str, wanted: str) -> EncodedSet | None:
     return EncodedSet(torch.from_numpy(np.load(array)), content["keys"], content["shards"], content["fields"])
 
 
-def write_cache(folder: Path, stem: str, key: str, encoded: EncodedSet) -> None:
+def write_cache(folder: Path, stem: str, key: str, encoded: EncodedSet, keep_fields: frozenset[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{stem}.json").unlink(missing_ok=True)
     save_array_atomically(folder / f"{stem}.npy", encoded.image_ND.numpy())
-    description = {"key": key, "keys": encoded.keys, "shards": encoded.shards, "fields": encoded.fields}
+    fields = [{name: row[name] for name in keep_fields if name in row} for row in encoded.fields]
+    description = {"key": key, "keys": encoded.keys, "shards": encoded.shards, "fields": fields}
     write_json_atomically(folder / f"{stem}.json", description)
 
 

@@ -51,7 +51,11 @@ class EncodedSet:
 
 
 def progress_bar(title: str, total: int | None, unit: str) -> tqdm:
-    return tqdm(total=total, desc=title, unit=unit, unit_scale=True, dynamic_ncols=True, mininterval=0.5)
+    # Nothing left to do shows no bar.
+    hidden = total == 0
+    return tqdm(
+        disable=hidden, total=total, desc=title, unit=unit, unit_scale=True, dynamic_ncols=True, mininterval=0.5
+    )
 
 
 @contextmanager

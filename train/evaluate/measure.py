@@ -40,10 +40,11 @@ def evaluate(
     encoded = encode_source(encoder, source, fields, title=suite.name)
     measurements: dict[str, Measurement] = {}
     details: dict[str, dict[str, Any]] = {}
+    class_rows: zeroshot.ClassRows = {}
     for task in suite.tasks:
         name = f"{task.kind}/{task.name}"
         if isinstance(task, ZeroShot):
-            found = zeroshot.measure(encoder, task, encoded, source.class_list())
+            found = zeroshot.measure(encoder, task, encoded, source.class_list(), class_rows)
         elif isinstance(task, Retrieval):
             found = retrieval.measure(encoder, task, encoded)
         else:

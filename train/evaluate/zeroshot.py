@@ -13,15 +13,22 @@ from train.evaluate.ranking import Measurement, class_means, has_unequal_classes
 from train.evaluate.suite import DATASET_LABEL, ZeroShot, expand_templates
 
 TOP_K = (1, 5)
+# Rows [D] by (templates, class name): several tasks of a suite ask for the same names.
+ClassRows = dict[tuple[tuple[str, ...], str], Tensor]
 
 
 def measure(
-    encoder: Encoder, task: ZeroShot, encoded: EncodedSet, known_classes: tuple[str, ...] | None
+    encoder: Encoder,
+    task: ZeroShot,
+    encoded: EncodedSet,
+    known_classes: tuple[str, ...] | None,
+    rows: ClassRows | None = None,
 ) -> dict[str, Measurement]:
     """top1 and top5 (with more than 5 classes), and mean_per_class where classes have unequal numbers of pictures.
 
     Candidates: the task's `classes`, else the data set's own class list when its label is asked for, else every value
     of `class_key` in the data. With `within`, a picture's candidates are the classes seen with its `within` value.
+    `rows` keeps class features from one task to the next.
     Raises ValueError for a missing field, a label outside the classes, or a template without a place for the name.
     """
     labels = names_of(task, encoded)
@@ -33,7 +40,7 @@ def measure(
             where = f"{encoded.shards[row]}: sample {encoded.keys[row]}"
             raise ValueError(f"{where} has {task.class_key}={label!r}, which is not among the {len(classes)} classes")
     label_N = torch.tensor([position[label] for label in labels])
-    class_VD = class_features(encoder, task, classes)
+    class_VD = class_features(encoder, task, classes, {} if rows is None else rows)
     if task.within is None:
         return top_k_of(encoded.image_ND, class_VD, label_N, labels, None)
     groups = [str(value) for value in encoded.values(task.within)]
@@ -52,21 +59,23 @@ def names_of(task: ZeroShot, encoded: EncodedSet) -> list[str]:
     return labels
 
 
-def class_features(encoder: Encoder, task: ZeroShot, classes: list[str]) -> Tensor:
+def class_features(encoder: Encoder, task: ZeroShot, classes: list[str], rows: ClassRows) -> Tensor:
     """Unit rows [V, D]: per class the renormalised mean of its prompts' unit features."""
     templates = expand_templates(task.templates, f"task {task.kind}/{task.name}")
     chunk = max(1, encoder.batch_size // len(templates))
-    blocks = []
+    missing = [name for name in classes if (task.templates, name) not in rows]
     title = f"prompts of {task.name}"
-    with progress_bar(title, len(classes), "class") as progress, inference(encoder.device):
-        for start in range(0, len(classes), chunk):
-            names = classes[start : start + chunk]
+    with progress_bar(title, len(missing), "class") as progress, inference(encoder.device):
+        for start in range(0, len(missing), chunk):
+            names = missing[start : start + chunk]
             weights_DV = build_zero_shot_classifier(
                 encoder.loaded.model, encoder.loaded.tokenizer, names, templates, None, encoder.device
             )
-            blocks.append(weights_DV.T.float().cpu())
+            rows.update(
+                ((task.templates, name), row) for name, row in zip(names, weights_DV.T.float().cpu(), strict=True)
+            )
             progress.update(len(names))
-    return checked(torch.cat(blocks), title)
+    return checked(torch.stack([rows[task.templates, name] for name in classes]), title)
 
 
 def allowed_classes(label_N: Tensor, groups: list[str], num_classes: int) -> tuple[Tensor, Tensor]:
