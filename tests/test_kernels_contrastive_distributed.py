@@ -136,7 +136,7 @@ def test_forward_sends_features_once_and_backward_sends_nothing(counts, dtype):
     total = sum(counts)
     for sent in run_on_ranks(count_bytes_on_rank, 3, counts, dtype):
         assert sent["features"] == 2 * total * 10 * dtype.itemsize, "each row of each tower exactly once"
-        header, sums = 3 * 3 * 8, 3 * 8
+        header, sums = 3 * 3 * 8, 4 * 8
         thresholds, columns, rows = 2 * (total // 3) * 4, (total + total + 2 * (total // 3)) * 8, total * 2 * 8
         assert sent["forward"] == header + thresholds + columns + rows + sums
         assert sent["backward"] == 0

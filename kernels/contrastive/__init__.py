@@ -5,11 +5,12 @@ import logging
 import math
 from dataclasses import dataclass
 
-import torch.distributed as dist
+import torch
 from torch import Tensor
 
 from kernels.contrastive import function
-from kernels.contrastive.function import FEATURE_DTYPES, Options
+from kernels.contrastive.state import Options
+from kernels.rows.function import FEATURE_DTYPES, exchange_layout
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def contrastive_loss(
     margin_space: str = "cosine",
     margin_direction: str = "both",
     label_smoothing: float = 0.0,
-    process_group: dist.ProcessGroup | None = None,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> ContrastiveOutput:
     """Symmetric InfoNCE plus HNML over the rows of all ranks, without the B x G matrix of logits (except `reference`).
@@ -89,7 +90,7 @@ def contrastive_loss(
     options = _checked_options(hard_per_anchor, margin_weight, margin_space, margin_direction, label_smoothing)
     _check_tensors(image_BD, text_BD, logit_scale)
     chosen = _choose_backend(backend, image_BD.device.type)
-    layout = function.exchange_layout(image_BD, options.group_rows, process_group)
+    layout = exchange_layout(image_BD, options.group_rows, process_group)
     if chosen == "reference":
         return ContrastiveOutput(*function.reference_terms(image_BD, text_BD, logit_scale, options, layout))
     return ContrastiveOutput(*function.ContrastiveFunction.apply(image_BD, text_BD, logit_scale, options, layout))
@@ -105,7 +106,7 @@ def contrastive_gradients(
     margin_space: str = "cosine",
     margin_direction: str = "both",
     label_smoothing: float = 0.0,
-    process_group: dist.ProcessGroup | None = None,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> ContrastiveGradients:
     """Terms and gradients of `contrastive_loss` in one call, without autograd: for steps that cache features.
@@ -117,7 +118,7 @@ def contrastive_gradients(
     options = _checked_options(hard_per_anchor, margin_weight, margin_space, margin_direction, label_smoothing)
     _check_tensors(image_BD, text_BD, logit_scale)
     chosen = _choose_backend(backend, image_BD.device.type)
-    layout = function.exchange_layout(image_BD, options.group_rows, process_group)
+    layout = exchange_layout(image_BD, options.group_rows, process_group)
     compute = function.reference_gradients if chosen == "reference" else function.blockwise_gradients
     terms, gradients = compute(image_BD.detach(), text_BD.detach(), logit_scale.detach(), options, layout)
     return ContrastiveGradients(ContrastiveOutput(*terms), *gradients)

@@ -19,6 +19,8 @@ from torch import Tensor
 
 ROW_TILE = 512
 COLUMN_TILE = 2048
+# At low loss a handful of rows carry the sum, and their rounding no longer averages out.
+REFINED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,11 @@ def gradient_sweep(
     want_x: bool,
     want_y: bool,
     want_scale: bool,
+    cosine_origin: float,
     row_tile: int,
     column_tile: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Off-diagonal part of (d x_BD, d y_GD, sum of cosine times softmax gradient), unwanted ones None or 0 (float64).
+    """Off-diagonal part of (d x_BD, d y_GD, scale sum), unwanted ones None or 0 (float64).
 
     The gradient with respect to cosine (i, j) is exp(s_ij - row_lse_i) + exp(s_ij - column_lse_j), and outside the
     groups hinge_weight for exceeding the row's threshold, again for the column's.
@@ -128,7 +131,8 @@ def gradient_sweep(
             if band is not None:
                 gradient[band].diagonal().zero_()
             if want_scale:
-                scale_sum += torch.dot(gradient.view(-1), cosine.view(-1))
+                # The origin keeps the sum from cancelling against the positives' as it would around zero.
+                scale_sum += torch.sub(cosine, cosine_origin, out=work).mul_(gradient).sum()
             if band is not None and (hinges.row_A is not None or hinges.column_A is not None):
                 _exclude_groups(cosine[band], group)
             if hinges.row_A is not None:
@@ -150,6 +154,23 @@ def row_dots(x_BD: Tensor, y_BD: Tensor, *, row_tile: int) -> Tensor:
     for i0, i1 in tiles(len(x_BD), row_tile, 1):
         torch.sum(x_BD[i0:i1].double() * y_BD[i0:i1].double(), dim=1, out=dots_B[i0:i1])
     return dots_B
+
+
+def refine_hardest(
+    off_B: Tensor, positive_B: Tensor, x_BD: Tensor, y_GD: Tensor, *, scale: float, offset: int, column_tile: int
+) -> Tensor:
+    """off_B with the log-sum-exps of the rows of largest loss computed anew, from float64 products."""
+    if x_BD.dtype == torch.float64 or len(x_BD) == 0:
+        return off_B
+    rows_K = torch.topk(off_B - positive_B, min(REFINED_ROWS, len(off_B))).indices
+    hard_KD, parts = x_BD[rows_K].double(), []
+    for j0, j1 in tiles(len(y_GD), column_tile, 1):
+        logits = (hard_KD @ y_GD[j0:j1].double().T).mul_(scale)
+        own_K = rows_K + offset
+        inside_K = ((own_K >= j0) & (own_K < j1)).nonzero()[:, 0]
+        logits[inside_K, own_K[inside_K] - j0] = -torch.inf
+        parts.append(logits.logsumexp(1))
+    return off_B.index_copy(0, rows_K, torch.stack(parts).logsumexp(0))
 
 
 def mean_row(x_GD: Tensor, *, row_tile: int) -> Tensor:
