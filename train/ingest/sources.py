@@ -30,6 +30,15 @@ COPY_BYTES = 1 << 20
 ATTEMPTS = 3
 RETRY_WAIT_S = 1.0
 DECOMPRESSORS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+# The exit codes of curl that a user meets.
+CURL_EXITS = {
+    6: "host not found",
+    7: "no connection to the server",
+    18: "transfer cut off",
+    22: "the server answered with an error, such as 404",
+    28: "timed out",
+    56: "connection lost",
+}
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
@@ -210,16 +219,23 @@ def streamed_chunks(url: str) -> Iterator[bytes]:
     """The bytes behind a URL or command. Raises BrokenTransfer; errors of the disk they are written to stay what they are."""
     try:
         stream = gopen(url)
+    except FileNotFoundError as error:
+        raise BrokenTransfer(f"{error.filename} is not installed, which webdataset needs to read {url}") from error
+    try:
         try:
             while chunk := stream.read(COPY_BYTES):
                 yield chunk
         finally:
             # Closing waits for the command and raises OSError when it failed.
             stream.close()
-    except FileNotFoundError as error:
-        raise BrokenTransfer(f"{error.filename} is not installed, which webdataset needs to read {url}") from error
     except OSError as error:
-        raise BrokenTransfer(str(error)) from error
+        raise BrokenTransfer(describe_exit(url, stream.status)) from error
+
+
+def describe_exit(url: str, status: int) -> str:
+    """Why the process behind a URL failed: a `pipe:` command, or the curl (gsutil, ...) that webdataset starts."""
+    meaning = "" if url.startswith("pipe:") else CURL_EXITS.get(status, "")
+    return f"{strip_query(url)} ended with exit {status}" + (f" ({meaning})" if meaning else "")
 
 
 def decompressed_chunks(decompressor: Callable[..., BinaryIO], path: Path) -> Iterator[bytes]:
