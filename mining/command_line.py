@@ -1,10 +1,14 @@
-"""How every program of Hardpair reads its flags and reports a user's mistake: one line on stderr, exit code 2, no traceback.
+"""How every program of Hardpair reads its flags and reports a user's mistake: one line on stderr, exit code 2.
 
-Flags come from dataclasses (tyro); `parse` adds what a newcomer needs when a flag is misspelt: its name and the nearest one.
+Flags come from dataclasses (tyro); `parse` adds what a newcomer needs when a flag is misspelt: its name and the nearest
+one.
 """
 
+import contextlib
 import difflib
+import io
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -29,21 +33,40 @@ def parse(
 ) -> Config:
     """Parse `arguments` into `config_type`.
 
-    Raises ValueError naming an unknown flag and the closest known one. `--help` prints and exits 0; a value of the wrong
-    type is reported by tyro with exit code 2.
+    Raises ValueError naming an unknown flag and the closest known one. `--help` prints and exits 0; a value of the
+    wrong type is reported by tyro with exit code 2.
     """
+    # Before tyro looks: for a misspelt required flag it would only say that the right one is missing.
+    known = known_flags(config_type, default)
+    misspelt = [argument for argument in arguments if is_flag(argument) and not is_known(argument, known)]
+    if misspelt:
+        raise ValueError(unknown_flag_message(misspelt[0], known, program))
     keywords = {} if default is tyro.MISSING_NONPROP else {"default": default}
-    config, unknown = tyro.cli(
-        config_type,
-        prog=program,
-        description=description,
-        args=list(arguments),
-        return_unknown_args=True,
-        **keywords,
-    )
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            config, unknown = tyro.cli(
+                config_type,
+                prog=program,
+                description=description,
+                args=list(arguments),
+                return_unknown_args=True,
+                **keywords,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(in_one_line(complaint.getvalue())) from None
     if unknown:
-        raise ValueError(unknown_flag_message(unknown[0], known_flags(config_type, default), program))
+        raise ValueError(unknown_flag_message(unknown[0], known, program))
     return config
+
+
+def in_one_line(box: str) -> str:
+    """The words of tyro's framed message without the frame and without the help that it repeats."""
+    inside = [line for line in box.splitlines() if not line.startswith("\u256d")]
+    words = " ".join(re.sub("[\u2500-\u257f]", " ", " ".join(inside)).split())
+    return words.split(" Argument helptext:")[0].split(" For full helptext")[0]
 
 
 def known_flags(config_type: Any, default: Any) -> list[str]:
@@ -51,6 +74,16 @@ def known_flags(config_type: Any, default: Any) -> list[str]:
     keywords = {} if default is tyro.MISSING_NONPROP else {"default": default}
     parser = tyro.extras.get_parser(config_type, **keywords)
     return [option for action in parser._actions for option in action.option_strings]
+
+
+def is_flag(argument: str) -> bool:
+    return argument.startswith("--") and len(argument) > 2
+
+
+def is_known(flag: str, known: Sequence[str]) -> bool:
+    """tyro takes `-` and `_` in names for the same."""
+    name = flag.split("=")[0].replace("_", "-")
+    return name in {option.replace("_", "-") for option in known}
 
 
 def unknown_flag_message(flag: str, known: Sequence[str], program: str) -> str:
@@ -79,7 +112,7 @@ def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None =
     except (ValueError, FileNotFoundError) as error:
         rank = int(os.environ.get("RANK", 0))
         if rank:
-            # A mistake is mostly everybody's: the launcher ends this process while it waits, and rank 0's line stands alone.
+            # A mistake is mostly everybody's: the launcher ends this process while it waits, rank 0's line stands alone.
             time.sleep(LAUNCHER_GRACE_S)
         whose = f"error (rank {rank}): " if rank else "error: "
         print(whose + " ".join(str(error).split()), file=sys.stderr, flush=True)

@@ -19,7 +19,9 @@ def picture(width: int = 40, height: int = 30) -> bytes:
 
 
 def test_the_same_seed_gives_the_same_picture_and_another_another():
-    config = AugmentConfig(scale=(0.3, 0.9), horizontal_flip_prob=0.5, color_jitter=(0.4, 0.4, 0.4, 0.1), color_jitter_prob=0.8)
+    config = AugmentConfig(
+        scale=(0.3, 0.9), horizontal_flip_prob=0.5, color_jitter=(0.4, 0.4, 0.4, 0.1), color_jitter_prob=0.8
+    )
     first, again, other = (augment_image(picture(), config, (16, 20), seed) for seed in (1, 1, 2))
     assert first.shape == (3, 16, 20)
     assert first.dtype == torch.uint8
@@ -62,7 +64,12 @@ def test_crops_have_the_area_and_the_ratio_that_were_asked_for():
 
 def test_a_picture_that_no_box_fits_is_cut_at_the_centre():
     # 10:1 is beyond the allowed 4:3, so the largest central 4:3 box of a 100 x 10 strip: 13 x 10.
-    assert random_crop((100, 10), AugmentConfig(scale=(0.99, 1.0), ratio=(0.75, 4 / 3)), random.Random(0)) == (43, 0, 56, 10)
+    assert random_crop((100, 10), AugmentConfig(scale=(0.99, 1.0), ratio=(0.75, 4 / 3)), random.Random(0)) == (
+        43,
+        0,
+        56,
+        10,
+    )
 
 
 def test_gray_scale_has_equal_channels():
@@ -98,7 +105,9 @@ def test_phrases_are_a_selection_of_the_caption_led_by_the_first():
 
 
 def test_a_caption_of_one_phrase_is_kept():
-    assert sample_phrases("red apple", AugmentConfig(phrase_separator="; ", lead_phrase_drop_prob=1.0), 0) == "red apple"
+    assert (
+        sample_phrases("red apple", AugmentConfig(phrase_separator="; ", lead_phrase_drop_prob=1.0), 0) == "red apple"
+    )
 
 
 def test_seeds_depend_on_every_name_and_their_order():

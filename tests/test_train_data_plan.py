@@ -177,7 +177,9 @@ def test_helip_defect_07_short_lists_are_filled_by_marked_random_pairs():
             own = candidates[anchor].tolist()
             if anchor % 2 == 0:
                 assert sum(substitutes) >= 2
-            assert all(partner in own for partner, stands_in in zip(partners, substitutes, strict=True) if not stands_in)
+            assert all(
+                partner in own for partner, stands_in in zip(partners, substitutes, strict=True) if not stands_in
+            )
 
 
 @pytest.mark.parametrize(

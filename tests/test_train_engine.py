@@ -23,7 +23,10 @@ def test_shipped_configurations_are_accepted_and_documented(path):
         ({"train_batch_size": 64}, "train_batch_size is a learning number; say it with --batch_size"),
         ({"optimizer": {"type": "Adam"}}, "optimizer is a learning number; say it with --optim.lr"),
         ({"gradient_clipping": 1.0}, "say it with --optim.grad_clip_norm"),
-        ({"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}, 'zero_optimization.reduce_bucket_size is "auto"'),
+        (
+            {"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}},
+            'zero_optimization.reduce_bucket_size is "auto"',
+        ),
         ({"zero_optimization": {"stages": 1}}, "stages"),
         ({"zero_optimization": {"stage": 7}}, "stage"),
         ({"frobnicate": 1}, "unknown key frobnicate"),
@@ -38,8 +41,8 @@ def test_bad_edits_are_named(tmp_path, content, message):
 
 
 def test_a_missing_file_and_broken_json_are_named(tmp_path):
-    with pytest.raises(ValueError, match="nowhere.json is no file"):
+    with pytest.raises(ValueError, match=r"nowhere\.json is no file"):
         read_ds_config(tmp_path / "nowhere.json")
     (tmp_path / "torn.json").write_text('{"zero_optimization": ', encoding="utf-8")
-    with pytest.raises(ValueError, match="torn.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"torn\.json is not valid JSON"):
         read_ds_config(tmp_path / "torn.json")

@@ -31,7 +31,14 @@ def test_a_run_shorter_than_its_warm_up_only_warms_up():
 
 
 def test_gains_biases_and_scales_do_not_decay():
-    names = {"visual.conv.weight": 2, "visual.bn.weight": 1, "fc.bias": 1, "logit_scale": 1, "ln_final.weight": 1, "proj": 2}
+    names = {
+        "visual.conv.weight": 2,
+        "visual.bn.weight": 1,
+        "fc.bias": 1,
+        "logit_scale": 1,
+        "ln_final.weight": 1,
+        "proj": 2,
+    }
     parameters = [(name, torch.nn.Parameter(torch.zeros([2] * ndim))) for name, ndim in names.items()]
     decaying, fixed = parameter_groups(parameters, 0.3)
     assert [id(p) for p in decaying["params"]] == [id(parameters[0][1]), id(parameters[5][1])]

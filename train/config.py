@@ -1,12 +1,98 @@
-"""Everything that a run is made of, as frozen dataclasses: the one home of every learning number."""
+"""Everything that a run is made of, as frozen dataclasses: the one home of every learning number.
+
+Nothing heavy is imported here, so that `--help` and a mistake in a flag answer at once.
+"""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from train.data.augment import AugmentConfig
-from train.data.loader import DataConfig
-from train.model import ModelConfig
-from train.schedule import OptimConfig
+Partners = Literal["mined", "random"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model to train and where its weights come from."""
+
+    name: str = "ViT-B-16"
+    """an open_clip model name, or one of train/model_configs"""
+    pretrained: str = ""
+    """start from these weights: a run folder, a checkpoint folder, or an open_clip pretrained tag or file; empty: from scratch"""
+    grad_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, about a third more time"""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the pairs come from and how batches are put together."""
+
+    store: str = ""
+    """PairStore folder, as `python -m train.ingest` writes it"""
+    pairs: str = ""
+    """PairTable folder, as `mining.main search` writes it; needed for hard pairs"""
+    hard_per_anchor: int = 0
+    """hard pairs that join each anchor in a batch (p); 0 trains without hard pairs"""
+    partners: Partners = "mined"
+    """where partners come from: the pair table, or random pairs for a compute-matched control"""
+    num_candidates: int = 0
+    """draw partners from the first so many neighbours of the pair table; 0: from all of them"""
+    weigh_by_score: bool = False
+    """draw partners in proportion to their score instead of uniformly"""
+    keep_duplicates_apart: bool = True
+    """never put two pairs with the same caption or the same picture into one global batch"""
+    workers: int = 4
+    """data loading processes of each rank"""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Augmentation of pictures and captions during training."""
+
+    scale: tuple[float, float] = (0.9, 1.0)
+    """range of the area that a random crop keeps (open_clip: aug_cfg.scale)"""
+    ratio: tuple[float, float] = (0.75, 1.3333)
+    """range of the crop's aspect ratio"""
+    horizontal_flip_prob: float = 0.0
+    """probability of mirroring a picture; keep 0 where captions speak of left and right"""
+    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """strength of brightness, contrast, saturation and hue jitter"""
+    color_jitter_prob: float = 0.0
+    """probability of the color jitter"""
+    gray_scale_prob: float = 0.0
+    """probability of dropping the colours"""
+    phrase_separator: str = ""
+    """captions are lists of phrases joined by this (for example "; "): train on a random selection; empty: captions as they are"""
+    lead_phrase_drop_prob: float = 0.1
+    """with phrase_separator: how often the first phrase is left out in favour of the others"""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule (open_clip's names)."""
+
+    lr: float = 5e-4
+    """peak learning rate"""
+    beta1: float = 0.9
+    """AdamW's decay of the first moment"""
+    beta2: float = 0.98
+    """AdamW's decay of the second moment"""
+    eps: float = 1e-6
+    """AdamW's epsilon"""
+    wd: float = 0.2
+    """weight decay; gains, biases and the logit scale do not decay"""
+    warmup: int = 10000
+    """steps of linear warm-up to lr"""
+    lr_end: float = 0.0
+    """learning rate that the cosine ends at"""
+    grad_clip_norm: float = 0.0
+    """clip the global gradient norm to this; 0: no clipping"""
+    max_logit_scale: float = 100.0
+    """the exponentiated logit scale is held below this"""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"optim.lr={self.lr} must be positive")
+        if self.warmup < 0:
+            raise ValueError(f"optim.warmup={self.warmup} must be 0 or more steps")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+# What the launcher would say to a single process.
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -36,8 +39,12 @@ def connected(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[R
 
     device: "auto" (CUDA when there is one), "cpu" or "cuda". Collective: every rank calls.
     """
+    alone = "WORLD_SIZE" not in os.environ
+    if alone:
+        # DeepSpeed refuses to start without them.
+        os.environ.update(ALONE)
     ranks = _identify(device)
-    folder = tempfile.mkdtemp(prefix="hardpair-") if "WORLD_SIZE" not in os.environ else None
+    folder = tempfile.mkdtemp(prefix="hardpair-") if alone else None
     dist.init_process_group(
         "nccl" if ranks.device.type == "cuda" else "gloo",
         init_method="env://" if folder is None else f"file://{folder}/rendezvous",
@@ -52,6 +59,8 @@ def connected(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[R
         remove_shared_memory_leftovers(ranks.rank)
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+            for name in ALONE:
+                os.environ.pop(name)
 
 
 def _identify(device: str) -> Ranks:

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from train.config import OptimConfig
 from train.distributed import Ranks
-from train.schedule import OptimConfig, parameter_groups
+from train.schedule import parameter_groups
 
 # What a ds_configs/*.json may say: memory, communication, precision.
 MEMORY_KEYS = frozenset(

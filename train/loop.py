@@ -186,7 +186,7 @@ def check_same_run(run: Path, config: TrainConfig, ranks: Ranks, *, resuming: bo
             same = {**before["data"], "workers": 0} == {**now["data"], "workers": 0}
         if not same and name not in FREE_FIELDS:
             raise ValueError(
-                f"{run} was started with {name}={before.get(name)}, now it is {now[name]}; go on with the same settings or give another --out"
+                f"{run} was started with {name}={before.get(name)}, now it is {now[name]}; keep the settings or give another --out"
             )
 
 

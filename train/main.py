@@ -16,8 +16,6 @@ os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
 
 from mining.command_line import nearest, parse, run
 from train.config import TrainConfig
-from train.distributed import connected
-from train.loop import train
 from train.recipes import RECIPES
 
 PROGRAM = "train/main.py"
@@ -42,6 +40,10 @@ def main(arguments: Sequence[str]) -> None:
     if recipe not in RECIPES:
         raise ValueError(f"unknown recipe {recipe!r}; {nearest(recipe, RECIPES)}")
     config = parse_config(recipe, arguments[1:])
+    # Imported here: torch, DeepSpeed and open_clip take seconds, which a mistake in a flag need not wait for.
+    from train.distributed import connected
+    from train.loop import train
+
     with connected(config.device) as ranks:
         train(config, recipe, ranks)
 

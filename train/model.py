@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mining.manifest import fingerprint, write_json_atomically
+from train.config import ModelConfig
 
 MODEL_CONFIG_FOLDER = Path(__file__).parent / "model_configs"
 CONFIG_FILE, WEIGHTS_FILE, MERGES_FILE = "open_clip_config.json", "open_clip_model.safetensors", "bpe.txt.gz"
@@ -30,18 +31,6 @@ NUM_BASE_TOKENS = 514
 CLIP_VOCABULARY_SIZE = 49408
 
 Tokenizer = Callable[[str | list[str]], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Which model to train and where its weights come from."""
-
-    name: str = "ViT-B-16"
-    """an open_clip model name, or one of train/model_configs"""
-    pretrained: str = ""
-    """start from these weights: a run folder, a checkpoint folder, or an open_clip pretrained tag or file; empty: from scratch"""
-    grad_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, about a third more time"""
 
 
 @dataclass(frozen=True)

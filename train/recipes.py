@@ -6,11 +6,7 @@ A recipe's fields that name folders (`out`, `data.store`, ...) are left to the c
 from collections.abc import Callable
 from typing import Any
 
-from train.config import LossConfig
-from train.data.augment import AugmentConfig
-from train.data.loader import DataConfig
-from train.model import ModelConfig
-from train.schedule import OptimConfig
+from train.config import AugmentConfig, DataConfig, LossConfig, ModelConfig, OptimConfig
 
 POCKET_AUGMENT = AugmentConfig(scale=(0.6, 1.0), phrase_separator="; ")
 POCKET_OPTIM = OptimConfig(lr=1e-3, wd=0.1, warmup=100)

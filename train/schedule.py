@@ -1,41 +1,12 @@
-"""Learning numbers of the optimizer: AdamW's, which parameters decay, and the learning rate of a step."""
+"""The optimizer's schedule: the learning rate of a step, and which parameters decay."""
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """AdamW and its schedule (open_clip's names)."""
-
-    lr: float = 5e-4
-    """peak learning rate"""
-    beta1: float = 0.9
-    """AdamW's decay of the first moment"""
-    beta2: float = 0.98
-    """AdamW's decay of the second moment"""
-    eps: float = 1e-6
-    """AdamW's epsilon"""
-    wd: float = 0.2
-    """weight decay; gains, biases and the logit scale do not decay"""
-    warmup: int = 10000
-    """steps of linear warm-up to lr"""
-    lr_end: float = 0.0
-    """learning rate that the cosine ends at"""
-    grad_clip_norm: float = 0.0
-    """clip the global gradient norm to this; 0: no clipping"""
-    max_logit_scale: float = 100.0
-    """the exponentiated logit scale is held below this"""
-
-    def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"optim.lr={self.lr} must be positive")
-        if self.warmup < 0:
-            raise ValueError(f"optim.warmup={self.warmup} must be 0 or more steps")
+from train.config import OptimConfig
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:

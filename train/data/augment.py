@@ -8,37 +8,16 @@ import hashlib
 import io
 import math
 import random
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms import functional
 
+from train.config import AugmentConfig
+
 # How many further phrases join the first one, drawn uniformly from this list.
 NUM_EXTRA_PHRASES = (0, 0, 0, 0, 1, 1, 1, 2, 2, 2)
-
-
-@dataclass(frozen=True)
-class AugmentConfig:
-    """Augmentation of pictures and captions during training."""
-
-    scale: tuple[float, float] = (0.9, 1.0)
-    """range of the area that a random crop keeps (open_clip: aug_cfg.scale)"""
-    ratio: tuple[float, float] = (0.75, 1.3333)
-    """range of the crop's aspect ratio"""
-    horizontal_flip_prob: float = 0.0
-    """probability of mirroring a picture; keep 0 where captions speak of left and right"""
-    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    """strength of brightness, contrast, saturation and hue jitter"""
-    color_jitter_prob: float = 0.0
-    """probability of the color jitter"""
-    gray_scale_prob: float = 0.0
-    """probability of dropping the colours"""
-    phrase_separator: str = ""
-    """captions are lists of phrases joined by this (for example "; "): train on a random selection; empty: captions as they are"""
-    lead_phrase_drop_prob: float = 0.1
-    """with phrase_separator: how often the first phrase is left out in favour of the others"""
 
 
 def draw_seed(*names: int) -> int:

@@ -14,31 +14,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mining import PairTable
-from train.data.augment import AugmentConfig, augment_image, draw_seed, sample_phrases
+from train.config import AugmentConfig, DataConfig
+from train.data.augment import augment_image, draw_seed, sample_phrases
 from train.data.pair_store import PairStore
-from train.data.plan import EpochPlan, Partners, conflict_groups
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the pairs come from and how batches are put together."""
-
-    store: str = ""
-    """PairStore folder, as `python -m train.ingest` writes it"""
-    pairs: str = ""
-    """PairTable folder, as `mining.main search` writes it; needed for hard pairs"""
-    hard_per_anchor: int = 0
-    """hard pairs that join each anchor in a batch (p); 0 trains without hard pairs"""
-    partners: Partners = "mined"
-    """where partners come from: the pair table, or random pairs for a compute-matched control"""
-    num_candidates: int = 0
-    """draw partners from the first so many neighbours of the pair table; 0: from all of them"""
-    weigh_by_score: bool = False
-    """draw partners in proportion to their score instead of uniformly"""
-    keep_duplicates_apart: bool = True
-    """never put two pairs with the same caption or the same picture into one global batch"""
-    workers: int = 4
-    """data loading processes of each rank"""
+from train.data.plan import EpochPlan, conflict_groups
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,10 @@ Shape letters: N pairs in the data set, A anchors, S steps of an epoch, K mined 
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-Partners = Literal["mined", "random"]
+from train.config import Partners
 
 NO_PAIR = -1
 
@@ -139,7 +138,7 @@ class EpochPlan:
                 )
             if len(self.pair_ids_NK) != self.num_pairs:
                 raise ValueError(
-                    f"the pair table has {len(self.pair_ids_NK)} rows, the store has {self.num_pairs} pairs: it was mined from another store"
+                    f"the pair table has {len(self.pair_ids_NK)} rows, the store {self.num_pairs} pairs: it was mined from another store"
                 )
 
     def _shuffled_candidates(self, rng: np.random.Generator, anchors_A: np.ndarray) -> Iterator[list[int]]:
