@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import uuid
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from mining.manifest import (
     commit_folder,
     fingerprint,
     read_manifest,
+    with_article,
     write_json_atomically,
     write_manifest,
 )
@@ -72,7 +74,7 @@ class ArrayFolderWriter:
         self.fields = dict(fields or {})
         if num_pairs < 1:
             raise ValueError(
-                f"num_pairs={num_pairs}, but a {kind} needs at least 1 pair; check that its input is not empty"
+                f"num_pairs={num_pairs}, but {with_article(kind)} needs at least 1 pair; check that its input is not empty"
             )
         reserved = sorted(set(self.fields) & set(MANIFEST_FIELDS_OF_THE_FOLDER))
         if reserved:
@@ -183,6 +185,8 @@ class ArrayFolderWriter:
             fingerprint=content_fingerprint,
         )
         shutil.rmtree(self.partial / "blocks")
+        for leftover in self.partial.glob(".*.tmp"):
+            leftover.unlink()
         commit_folder(self.partial, self.path)
         # Blocks of an abandoned run with other parameters would stay for ever.
         for stale in self.path.parent.glob(f".{self.path.name}.partial-*"):
@@ -233,16 +237,21 @@ def refuse_to_replace_another_folder(path: Path, kind: str) -> None:
     if not path.exists():
         return
     if not path.is_dir():
-        raise ValueError(f"{path} exists and is a file; a {kind} is a folder, choose another output path")
+        raise ValueError(f"{path} exists and is a file; {with_article(kind)} is a folder, choose another output path")
     if any(path.iterdir()) and not (path / MANIFEST_NAME).is_file():
-        raise ValueError(f"{path} exists and is not a {kind}, it will not be replaced; choose another output path")
+        raise ValueError(
+            f"{path} exists and is not {with_article(kind)}, it will not be replaced; choose another output path"
+        )
     if (path / MANIFEST_NAME).is_file() and read_json(path / MANIFEST_NAME).get("kind") != kind:
-        raise ValueError(f"{path} holds something other than a {kind}, it will not be replaced; choose another path")
+        raise ValueError(
+            f"{path} holds something other than {with_article(kind)}, it will not be replaced; choose another path"
+        )
 
 
 def create_once(target: Path, create: Any) -> None:
     """Make `target` with `create(temporary path)` unless another process was first: a link never replaces its file."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # Not the process id: ranks of several nodes may have the same one.
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     create(temporary)
     try:
         os.link(temporary, target)

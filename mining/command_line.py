@@ -33,8 +33,8 @@ def parse(
 ) -> Config:
     """Parse `arguments` into `config_type`.
 
-    Raises ValueError naming an unknown flag and the closest known one. `--help` prints and exits 0; a value of the
-    wrong type is reported by tyro with exit code 2.
+    Raises ValueError naming an unknown flag and the closest known one, a missing flag, or a value of the wrong type.
+    `--help` prints and exits 0.
     """
     # Before tyro looks: for a misspelt required flag it would only say that the right one is missing.
     known = known_flags(config_type, default)

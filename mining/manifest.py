@@ -50,7 +50,7 @@ def read_manifest(folder: str | Path, kind: str, version: int, *, remedy: str) -
     """
     path = Path(folder) / MANIFEST_NAME
     if not Path(folder).is_dir():
-        raise ValueError(f"{folder} is not a folder, a {kind} was expected there; {remedy}")
+        raise ValueError(f"{folder} is not a folder, {with_article(kind)} was expected there; {remedy}")
     if not path.is_file():
         raise ValueError(f"{folder} has no {MANIFEST_NAME}, so it is no complete {kind}; {remedy}")
     try:
@@ -60,13 +60,17 @@ def read_manifest(folder: str | Path, kind: str, version: int, *, remedy: str) -
     if not isinstance(manifest, dict):
         raise ValueError(f"{path} holds no JSON object; {remedy}")
     if manifest.get("kind") != kind:
-        raise ValueError(f"{folder} holds a {manifest.get('kind')!r}, a {kind} was expected; {remedy}")
+        raise ValueError(f"{folder} holds a {manifest.get('kind')!r}, {with_article(kind)} was expected; {remedy}")
     if manifest.get("format_version") != version:
         raise ValueError(
             f"{folder} has format version {manifest.get('format_version')}, this program reads version {version}; "
             f"{remedy}"
         )
     return manifest
+
+
+def with_article(kind: str) -> str:
+    return f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind}"
 
 
 def commit_folder(temporary: Path, final: Path) -> None:

@@ -4,6 +4,7 @@ Shape letters: N pairs, Q queries of one block, K neighbours, C causes of exclus
 """
 
 import importlib.util
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -13,13 +14,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from mining.array_folder import ArrayFolderWriter
+from mining.array_folder import ArrayFolderWriter, refuse_to_replace_another_folder
 from mining.embedding_store import EmbeddingStore
 from mining.manifest import MANIFEST_NAME
 from mining.pair_table import KIND, NO_PAIR, PairTable, pair_table_writer
 from mining.problem import SearchBackend, SearchLimits, SearchProblem, TopK
 from mining.reference import ReferenceSearch
 from mining.summary import SUMMARY_NAME, summarise
+
+logger = logging.getLogger(__name__)
 
 BACKENDS = ("reference", "faiss")
 QUERY_BLOCK = 1024
@@ -54,6 +57,7 @@ def search_pairs(
         raise ValueError(
             f"starting afresh with {world_size} ranks would let one delete another's blocks; remove {out} first"
         )
+    refuse_to_replace_another_folder(Path(out), KIND)
     tail_N = lowest_alignment(store, noise_alignment_quantile)
     problem = SearchProblem.of(store, limits)
     parameters = {
@@ -181,8 +185,7 @@ def finished_table(out: str | Path, store: EmbeddingStore, parameters: dict[str,
     try:
         table = PairTable.open(out)
     except ValueError as error:
-        if f"a {KIND} was expected" in str(error):
-            raise
+        logger.warning("searching again: %s", error)
         return None
     same = table.manifest["parameters"] == parameters and table.manifest["embeddings_fingerprint"] == store.fingerprint
     return table if same else None

@@ -1,0 +1,122 @@
+"""The faiss backend: the same bytes as the exact search, and a bound that really bounds what was not seen."""
+
+import numpy as np
+import pytest
+
+from mining import EmbeddingStore
+from mining.index import FaissSearch, certified, unseen_bound
+from mining.problem import SearchLimits, SearchProblem
+from mining.reference import ReferenceSearch
+from mining.search import search_pairs
+from tests.embeddings import array_bytes, lattice_rows, random_rows, random_store, unit
+
+ANSWER = ("ids_QK", "image_similarity_QK", "text_similarity_QK", "num_excluded_QC", "excluded_example_QC")
+
+
+def assert_same_answer(problem: SearchProblem, searcher: FaissSearch) -> None:
+    query_ids = np.arange(len(problem))
+    expected, answer = ReferenceSearch(problem).search(query_ids), searcher.search(query_ids)
+    for name in ANSWER:
+        np.testing.assert_array_equal(getattr(answer, name), getattr(expected, name), err_msg=name)
+    assert answer.certified_Q.all()
+
+
+def test_five_thousand_pairs_with_large_groups_equal_the_exact_search(tmp_path):
+    # Four in ten pairs share their caption with 200 or 400 others: duplicates that fill a list of 128.
+    rng = np.random.default_rng(0)
+    caption_N = np.concatenate([np.repeat(np.arange(6), (200, 200, 400, 400, 400, 400)), np.arange(6, 3006)])
+    caption_N = rng.permutation(caption_N)
+    store = EmbeddingStore.write(
+        tmp_path / "store",
+        random_rows(5000, 64, 1, offset=0.4),
+        random_rows(3006, 48, 2, offset=0.4)[caption_N],
+        image_group_N=rng.integers(0, 4800, 5000),
+        caption_group_N=caption_N,
+    )
+    problem = SearchProblem.of(store, SearchLimits(k=50))
+    searcher = FaissSearch(problem)
+    query_ids = rng.choice(5000, 700, replace=False)
+    expected, answer = ReferenceSearch(problem).search(query_ids), searcher.search(query_ids)
+    for name in ANSWER:
+        np.testing.assert_array_equal(getattr(answer, name), getattr(expected, name), err_msg=name)
+    assert searcher.num_rerun == 0
+
+
+def test_unequal_similarities_are_certified_by_a_weight_of_their_own(tmp_path):
+    # Image cosines near 0.2, text cosines near 0.9: one weight for all would need far longer lists.
+    store = EmbeddingStore.write(
+        tmp_path / "store", random_rows(1500, 32, 0, offset=0.5), random_rows(1500, 32, 1, offset=3.0)
+    )
+    assert_same_answer(
+        SearchProblem.of(store, SearchLimits(k=10)), FaissSearch(SearchProblem.of(store, SearchLimits(k=10)))
+    )
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [SearchLimits(k=9), SearchLimits(k=9, image_ceiling=0.5, text_ceiling=0.49), SearchLimits(k=9, floor=0.3)],
+    ids=["ties", "ceilings-on-the-lattice", "floor"],
+)
+def test_lattice_ties_equal_the_exact_search(tmp_path, limits):
+    store = EmbeddingStore.write(tmp_path / "store", lattice_rows(300, 0), lattice_rows(300, 1))
+    problem = SearchProblem.of(store, limits)
+    # Lists shorter than the data, so that ties at their end must be noticed.
+    assert_same_answer(problem, FaissSearch(problem, longest_list=128))
+
+
+def test_rows_that_no_list_certifies_are_searched_exactly(tmp_path):
+    rows = np.repeat(random_rows(1, 12, 0), 300, axis=0)
+    problem = SearchProblem.of(EmbeddingStore.write(tmp_path / "store", rows, rows), SearchLimits(k=3))
+    searcher = FaissSearch(problem, longest_list=64)
+    assert_same_answer(problem, searcher)
+    assert searcher.num_rerun == 300
+
+
+def test_rows_without_embedding_and_few_pairs(tmp_path):
+    image, text = random_rows(7, 5, 0, offset=0.5), random_rows(7, 3, 1, offset=0.5)
+    image[2] = np.nan
+    problem = SearchProblem.of(EmbeddingStore.write(tmp_path / "store", image, text), SearchLimits(k=20))
+    assert_same_answer(problem, FaissSearch(problem))
+
+
+def test_faiss_writes_the_bytes_of_the_reference(tmp_path):
+    store = random_store(tmp_path / "store", 200)
+    limits = SearchLimits(k=5, image_ceiling=0.5)
+    search_pairs(store, tmp_path / "reference", limits)
+    search_pairs(store, tmp_path / "faiss", limits, backend="faiss", block=64)
+    assert array_bytes(tmp_path / "reference") == array_bytes(tmp_path / "faiss")
+
+
+@pytest.mark.parametrize("weight", [0.25, 1.0, 3.0])
+def test_bound_covers_every_unseen_pair(weight):
+    image, text = random_rows(400, 16, 0, offset=0.3), random_rows(400, 16, 1, offset=0.3)
+    a, b = image[:20] @ image.T, text[:20] @ text.T
+    sums = weight * a + b / weight
+    order = np.argsort(-sums, axis=1)
+    for length in (1, 10, 100):
+        sigma = np.take_along_axis(sums, order[:, length - 1 : length], 1)[:, 0]
+        bound = unseen_bound(sigma.astype(np.float32), np.full(20, weight), 32)
+        unseen = order[:, length:]
+        score = np.maximum(np.take_along_axis(a, unseen, 1), 0) * np.maximum(np.take_along_axis(b, unseen, 1), 0)
+        assert (score.max(axis=1) <= bound).all()
+
+
+def test_bound_is_reached_so_a_tie_is_not_certified():
+    # a = b = 0.6 unseen, and the list's last item has the same sum: the bound is their product and nothing less.
+    bound = unseen_bound(np.array([1.2], np.float32), np.array([1.0]), 4)
+    assert bound[0] == pytest.approx(0.36, rel=1e-5)
+    assert not certified(np.array([0.36]), bound, 0.0)[0]
+    assert certified(np.array([0.37]), bound, 0.0)[0]
+
+
+def test_incomplete_list_is_certified_only_when_nothing_unseen_can_pass_the_floor():
+    bound = unseen_bound(np.array([-0.1, 0.5], np.float32), np.ones(2), 4)
+    assert certified(np.full(2, -np.inf), bound, 0.0).tolist() == [True, False]
+    assert certified(np.full(2, -np.inf), bound, 0.1).tolist() == [True, True]
+
+
+def test_nearly_opposite_rows_stay_out(tmp_path):
+    image = unit(np.array([[1.0, 0.0], [-0.8, 0.6], [0.6, 0.8]]))
+    text = unit(np.array([[1.0, 0.0], [-0.6, 0.8], [0.6, 0.8]]))
+    problem = SearchProblem.of(EmbeddingStore.write(tmp_path / "store", image, text), SearchLimits(k=2))
+    assert FaissSearch(problem).search(np.arange(3)).ids_QK[0].tolist() == [2, -1]

@@ -1,0 +1,147 @@
+"""The mining programs as a user calls them: output, help, and one line for each mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mining import EmbeddingStore, PairTable
+from mining.command_line import run
+from mining.main import main
+from mining.summary import histogram_lines, summary_text
+from tests.embeddings import random_rows, random_store
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def call(capsys, *arguments) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr of the program in this process."""
+    code = 0
+    try:
+        run(main, [str(argument) for argument in arguments])
+    except SystemExit as exit_info:
+        code = exit_info.code
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+def test_search_then_inspect_print_the_numbers(tmp_path, capsys):
+    random_store(tmp_path / "e", 120)
+    code, out, err = call(
+        capsys, "search", "--embeddings", tmp_path / "e", "--out", tmp_path / "p", "--k", 7, "--image-ceiling", 0.5
+    )
+    assert code == 0
+    table = PairTable.open(tmp_path / "p")
+    assert table.k == 7
+    assert "120 (k = 7)" in out
+    assert f"left out         {int(table.num_excluded_N.sum())} duplicates" in out
+    assert str(tmp_path / "p") in out
+    assert "pair/s" in err
+    summary = json.loads((tmp_path / "p" / "summary.json").read_text())
+    assert summary["pairs"] == 120
+    assert summary["seconds"] > 0
+    code, out, _ = call(capsys, "inspect", "--pairs", tmp_path / "p")
+    assert code == 0
+    assert "####" in out
+    assert "hubs" in out
+
+
+def test_search_again_says_that_it_is_complete(tmp_path, capsys):
+    random_store(tmp_path / "e", 20)
+    arguments = ("search", "--embeddings", tmp_path / "e", "--out", tmp_path / "p", "--k", 2)
+    call(capsys, *arguments)
+    assert "is complete already" in call(capsys, *arguments)[2]
+    assert "is complete already" not in call(capsys, *arguments, "--no-resume")[2]
+
+
+def test_faiss_backend_is_reached_by_its_flag(tmp_path, capsys):
+    random_store(tmp_path / "e", 60)
+    code, _, _ = call(capsys, "search", "--embeddings", tmp_path / "e", "--out", tmp_path / "p", "--backend", "faiss")
+    assert code == 0
+    assert PairTable.open(tmp_path / "p").manifest["parameters"]["backend"] == "faiss"
+
+
+def test_help_lists_commands_and_flags(capsys):
+    for arguments in ((), ("--help",)):
+        code, out, _ = call(capsys, *arguments)
+        assert code == 0
+        assert all(command in out for command in ("search", "inspect", "gallery"))
+    code, out, _ = call(capsys, "search", "--help")
+    assert code == 0
+    for flag in (
+        "--embeddings",
+        "--out",
+        "--k",
+        "--backend",
+        "--image-ceiling",
+        "--noise-alignment-quantile",
+        "--block",
+    ):
+        assert flag in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("serch",), "has no command 'serch'; did you mean search?"),
+        (("search", "--embeding", "x"), "does not know --embeding; did you mean --embeddings?"),
+        (("search", "--embeddings", "{e}", "--out", "{p}", "--k", "0"), "k=0"),
+        (("search", "--embeddings", "{e}", "--out", "{p}", "--floor", "1"), "floor=1"),
+        (("search", "--embeddings", "{none}", "--out", "{p}"), "is not a folder, an EmbeddingStore was expected there"),
+        (("search", "--embeddings", "{e}", "--out", "{e}"), "something other than a PairTable"),
+        (("search", "--embeddings", "{torn}", "--out", "{p}"), "text.npy does not have the bytes"),
+        (("search", "--embeddings", "{e}"), "Missing from python -m mining.main search: --out"),
+        (("inspect", "--pairs", "{e}"), "holds a 'EmbeddingStore', a PairTable was expected"),
+        (("inspect", "--pairs", "{written}"), "summary.json is missing"),
+        (("gallery", "--pairs", "{written}", "--store", "{none}", "--out", "{p}"), "a PairStore was expected there"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_two(tmp_path, capsys, arguments, message):
+    random_store(tmp_path / "e", 12)
+    EmbeddingStore.write(tmp_path / "torn", random_rows(3, 4, 0), random_rows(3, 4, 0))
+    with open(tmp_path / "torn" / "text.npy", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x01")
+    PairTable.write(tmp_path / "written", np.array([[1], [0]]), np.ones((2, 1)), np.ones((2, 1)))
+    places = {name: str(tmp_path / name) for name in ("e", "p", "none", "torn", "written")}
+    code, _, err = call(capsys, *(argument.format(**places) for argument in arguments))
+    assert code == 2
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_program_runs_as_a_module_without_loading_torch_for_its_help():
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "mining.main", "search", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=REPOSITORY,
+    )
+    assert "--embeddings" in done.stdout
+    assert "mining.command_line" in done.stderr
+    assert not any(line.split("|")[-1].strip() == "torch" for line in done.stderr.splitlines())
+
+
+def test_histogram_spans_the_scores_and_scales_to_the_largest_bar():
+    histogram = [0] * 20
+    histogram[4], histogram[6] = 400, 10
+    lines = histogram_lines(histogram)
+    assert lines[1].split() == ["0.20", "-", "0.25", "#" * 40, "400"]
+    assert lines[2].split() == ["0.25", "-", "0.30", "0"]
+    assert lines[3].split() == ["0.30", "-", "0.35", "#", "10"]
+    assert len(lines) == 4
+
+
+def test_summary_of_a_table_without_hard_pairs_is_printed(tmp_path, capsys):
+    EmbeddingStore.write(tmp_path / "e", np.eye(3), np.eye(3))
+    code, out, _ = call(capsys, "search", "--embeddings", tmp_path / "e", "--out", tmp_path / "p")
+    assert code == 0
+    assert "best score       no hard pairs" in out
+    assert "nothing agrees 3" in out
+    assert "no hard pairs" in summary_text(json.loads((tmp_path / "p" / "summary.json").read_text()), with_details=True)
