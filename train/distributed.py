@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -56,7 +55,6 @@ def connected(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[R
         yield ranks
     finally:
         dist.destroy_process_group()
-        remove_shared_memory_leftovers(ranks.rank)
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
             for name in ALONE:
@@ -111,10 +109,3 @@ def world_group() -> dist.ProcessGroup:
 
 def _collective_device() -> torch.device:
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-
-
-def remove_shared_memory_leftovers(rank: int) -> None:
-    """Delete this rank's DeepSpeed all-reduce buffer: 69 MB in /dev/shm that DeepSpeed leaves behind for each port and rank."""
-    port = os.environ.get("MASTER_PORT")
-    for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_{rank}") if port else ():
-        path.unlink(missing_ok=True)

@@ -113,6 +113,9 @@ class Engine:
         with quiet_deepspeed():
             import deepspeed
 
+            # Its shared-memory all-reduce serves inference alone; here it would only cost a compiler, 20 s to build, and 69 MB of
+            # /dev/shm for each rank that stay behind.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             self.config = {
                 **ds_config,
                 # DeepSpeed wants these; batches here differ by a group at most, and one step is one backward.
