@@ -1,6 +1,13 @@
-"""Fused operations of contrastive training and mining; a leaf that needs torch alone (and Triton for its GPU
-kernels)."""
+"""Fused operations of contrastive training and mining; a leaf: torch alone, and Triton for its GPU kernels."""
 
 from kernels.contrastive import ContrastiveGradients, ContrastiveOutput, contrastive_gradients, contrastive_loss
+from kernels.topk import TopK, product_topk
 
-__all__ = ["ContrastiveGradients", "ContrastiveOutput", "contrastive_gradients", "contrastive_loss"]
+__all__ = [
+    "ContrastiveGradients",
+    "ContrastiveOutput",
+    "TopK",
+    "contrastive_gradients",
+    "contrastive_loss",
+    "product_topk",
+]

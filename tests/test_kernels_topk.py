@@ -1,0 +1,182 @@
+"""The product top-k: blockwise against its float64 definition and a per-pair loop, whatever the tiles, and bad input."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import product_topk
+from kernels.topk.blockwise import Problem, product_topk_blockwise
+
+
+def unit_rows(num_rows: int, dim: int, *, seed: int, dtype: torch.dtype = torch.float16, spread: float = 1.0):
+    """Rows around a common direction, so that most cosines are positive."""
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.randn(1, dim, generator=generator)
+    return F.normalize(common + spread * torch.randn(num_rows, dim, generator=generator), dim=1).to(dtype)
+
+
+def towers(num_rows: int, *, dtype: torch.dtype = torch.float16, spread: float = 1.0) -> list[torch.Tensor]:
+    return [
+        unit_rows(num_rows, 24, seed=1, dtype=dtype, spread=spread),
+        unit_rows(num_rows, 17, seed=2, dtype=dtype, spread=spread),
+    ]
+
+
+def search(base: list[torch.Tensor], queries: torch.Tensor, k: int, **settings):
+    return product_topk(base[0][queries], base[1][queries], *base, k, query_ids_Q=queries, **settings)
+
+
+def assert_equal(found, expected) -> None:
+    for name in ("ids_QK", "image_similarity_QK", "text_similarity_QK", "num_excluded_Q"):
+        value, wanted = getattr(found, name), getattr(expected, name)
+        assert value.dtype == wanted.dtype
+        assert value.equal(wanted), name
+
+
+@pytest.mark.parametrize("backend", ["reference", "blockwise"])
+def test_result_equals_a_loop_over_all_pairs(backend):
+    image, text = towers(30)
+    image[7], text[9], text[11] = image[3], text[3], text[3]
+    image_group, text_group = torch.arange(30), torch.arange(30)
+    image_group[7], text_group[9] = 3, 3
+    groups = {
+        "image_group_Q": image_group,
+        "image_group_N": image_group,
+        "text_group_Q": text_group,
+        "text_group_N": text_group,
+    }
+    found = search(
+        [image, text], torch.arange(30), 6, text_ceiling=0.99, image_ceiling=0.9, floor=0.1, backend=backend, **groups
+    )
+    for query in range(30):
+        candidates, excluded = [], 0
+        for other in range(30):
+            s_image = sum(a * b for a, b in zip(image[query].tolist(), image[other].tolist(), strict=True))
+            s_text = sum(a * b for a, b in zip(text[query].tolist(), text[other].tolist(), strict=True))
+            same = image_group[query] == image_group[other] or text_group[query] == text_group[other]
+            if other == query:
+                continue
+            if same or s_image > 0.9 or s_text > 0.99:
+                excluded += 1
+            elif max(s_image, 0) * max(s_text, 0) > 0.1:
+                candidates.append((-max(s_image, 0) * max(s_text, 0), other, s_image, s_text))
+        candidates = sorted(candidates)[:6]
+        assert found.num_excluded_Q[query] == excluded
+        assert found.ids_QK[query].tolist() == [other for _, other, _, _ in candidates] + [-1] * (6 - len(candidates))
+        for column, place in (("image_similarity_QK", 2), ("text_similarity_QK", 3)):
+            expected = [candidate[place] for candidate in candidates] + [0.0] * (6 - len(candidates))
+            assert getattr(found, column)[query].tolist() == pytest.approx(expected, abs=1e-15)
+    assert found.num_excluded_Q.sum() >= 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("k", [1, 7, 100, 400])
+@pytest.mark.parametrize("limits", [{}, {"image_ceiling": 0.8, "text_ceiling": 0.75, "floor": 0.2}])
+def test_blockwise_equals_the_definition(dtype, k, limits):
+    base = towers(300, dtype=dtype)
+    queries = torch.arange(5, 300, 7)
+    groups = torch.arange(300) // 3
+    settings = {"text_group_Q": groups[queries], "text_group_N": groups, **limits}
+    expected = search(base, queries, k, backend="reference", **settings)
+    found = search(base, queries, k, backend="blockwise", **settings)
+    assert found.ids_QK.equal(expected.ids_QK)
+    assert found.num_excluded_Q.equal(expected.num_excluded_Q)
+    for name in ("image_similarity_QK", "text_similarity_QK"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("tiles", [(64, 3), (7, 8), (64, 100), (1000, 33)])
+@pytest.mark.parametrize("k", [2, 30])
+def test_any_tiling_gives_the_same_bits(tiles, k):
+    base = towers(230)
+    queries, groups = torch.arange(230), torch.arange(230) // 2
+    problem = Problem((base[0], base[1]), (base[0], base[1]), k, queries, ((groups, groups),), (0.9, 0.9), 0.01)
+    expected = product_topk_blockwise(problem)
+    for value, wanted in zip(
+        product_topk_blockwise(problem, query_tile=tiles[0], base_tile=tiles[1]), expected, strict=True
+    ):
+        assert value.equal(wanted)
+
+
+def test_large_random_search_is_exact_through_many_tiles():
+    base = [unit_rows(9000, 48, seed=seed, spread=2.0) for seed in (1, 2)]
+    queries = torch.arange(0, 9000, 60)
+    assert_equal(search(base, queries, 50, backend="blockwise"), search(base, queries, 50, backend="reference"))
+
+
+@pytest.mark.parametrize("backend", ["reference", "blockwise"])
+def test_equal_scores_are_ordered_by_lower_id(backend):
+    row = torch.tensor([[1.0, 0.0]])
+    base = [row.repeat(700, 1).half(), row.repeat(700, 1).half()]
+    found = search(base, torch.tensor([0, 3, 699]), 5, backend=backend)
+    assert found.ids_QK.tolist() == [[1, 2, 3, 4, 5], [0, 1, 2, 4, 5], [0, 1, 2, 3, 4]]
+
+
+def test_a_base_of_equal_rows_stays_within_its_memory():
+    row = torch.tensor([[1.0, 0.0]])
+    base = [row.repeat(20000, 1).half()] * 2
+    problem = Problem((base[0][:64], base[1][:64]), tuple(base), 4, torch.arange(64), (), (1.0, 1.0), 0.0)
+    assert product_topk_blockwise(problem, base_tile=512)[0][0].tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("backend", ["reference", "blockwise"])
+def test_two_dissimilarities_make_no_pair(backend):
+    image = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.6, 0.8]])
+    found = search([image, image], torch.tensor([0]), 2, backend=backend)
+    assert found.ids_QK.tolist() == [[2, -1]]
+    assert found.image_similarity_QK.tolist() == [[pytest.approx(0.6), 0.0]]
+
+
+@pytest.mark.parametrize("backend", ["reference", "blockwise"])
+def test_a_query_from_elsewhere_excludes_nobody_as_itself(backend):
+    base = towers(20)
+    found = product_topk(base[0][4:5], base[1][4:5], *base, 3, query_ids_Q=torch.tensor([-1]), backend=backend)
+    assert found.ids_QK[0, 0] == 4
+
+
+@pytest.mark.parametrize("backend", ["reference", "blockwise"])
+def test_no_queries_and_no_base_give_empty_answers(backend):
+    base = towers(20)
+    assert search(base, torch.zeros(0, dtype=torch.int64), 3, backend=backend).ids_QK.shape == (0, 3)
+    empty = [rows[:0] for rows in base]
+    found = product_topk(base[0][:2], base[1][:2], *empty, 3, query_ids_Q=torch.tensor([-1, -1]), backend=backend)
+    assert found.ids_QK.tolist() == [[-1] * 3] * 2
+
+
+def test_matrix_precision_is_as_before_afterwards():
+    search(towers(20), torch.arange(20), 3, backend="blockwise")
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": 0}, "k=0 must be an int of at least 1"),
+        ({"floor": 1.0}, r"floor=1.0 .* must lie in \[0, 1\)"),
+        ({"image_ceiling": 0.0}, r"image_ceiling=0.0 .* must lie in \(0, 1\]"),
+        ({"text_ceiling": 1.5}, "text_ceiling=1.5"),
+        ({"query_ids_Q": torch.arange(3)}, "rows do not match"),
+        ({"query_ids_Q": torch.arange(4).int()}, "query_ids_Q must be an int64 vector"),
+        ({"image_group_Q": torch.arange(4)}, "image_group_Q and image_group_N belong together"),
+        ({"text_group_Q": torch.arange(4), "text_group_N": torch.arange(19)}, "group numbers need one for each pair"),
+        ({"backend": "triton"}, "backend='triton' is not available"),
+        ({"backend": "faiss"}, "backend='faiss' must be one of"),
+        ({"query_image_QD": torch.zeros(4, 25).half()}, "matrices of one width"),
+        ({"query_image_QD": torch.zeros(4, 24)}, "share one floating dtype"),
+        ({"query_image_QD": torch.full((4, 24), torch.nan).half()}, "row 0 holds NaN or infinity"),
+    ],
+)
+def test_bad_input_is_refused_with_its_name_and_remedy(changes, message):
+    base = towers(20)
+    arguments = {
+        "query_image_QD": base[0][:4],
+        "query_text_QD": base[1][:4],
+        "base_image_ND": base[0],
+        "base_text_ND": base[1],
+        "k": 3,
+        "query_ids_Q": torch.arange(4),
+        "backend": "blockwise",
+        **changes,
+    }
+    with pytest.raises(ValueError, match=message):
+        product_topk(**arguments)
