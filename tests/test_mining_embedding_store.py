@@ -89,6 +89,8 @@ def test_kill_between_the_manifest_and_the_rename_is_finished_by_the_next_run(tm
     image, text = random_rows(10, 6, 0), random_rows(10, 4, 1)
     writer = EmbeddingStore.writer(tmp_path / "store", 10, 6, 4, has_alignment=False)
     writer.write_rows(0, image, text)
+    # What a kill while a file is written leaves behind.
+    (writer._folder.partial / ".text.npy.123.tmp").write_bytes(b"torn")
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -100,6 +102,12 @@ def test_kill_between_the_manifest_and_the_rename_is_finished_by_the_next_run(tm
     again = EmbeddingStore.writer(tmp_path / "store", 10, 6, 4, has_alignment=False)
     assert again.rows_done.all()
     np.testing.assert_array_equal(again.finish().text_ND, text.astype(np.float16))
+    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == [
+        "image.npy",
+        "manifest.json",
+        "text.npy",
+        "valid.npy",
+    ]
 
 
 def test_rows_of_another_checkpoint_are_not_taken_over(tmp_path):

@@ -106,6 +106,7 @@ def test_bound_is_reached_so_a_tie_is_not_certified():
     bound = unseen_bound(np.array([1.2], np.float32), np.array([1.0]), 4)
     assert bound[0] == pytest.approx(0.36, rel=1e-5)
     assert not certified(np.array([0.36]), bound, 0.0)[0]
+    assert not certified(bound, bound, 0.0)[0]
     assert certified(np.array([0.37]), bound, 0.0)[0]
 
 

@@ -345,7 +345,8 @@ def test_helip_defect_10_same_caption_never_ranks_whatever_the_images(tmp_path):
 def test_helip_defect_11_rows_that_are_not_finite_are_skipped_counted_and_listed(tmp_path):
     image, text = random_rows(60, 8, 0, offset=0.5), random_rows(60, 8, 1, offset=0.5)
     image[7], text[31, 2], image[44, 0] = np.nan, np.inf, -np.inf
-    store = EmbeddingStore.write(tmp_path / "store", image, text)
+    # Captions are shared by four, so that the three would count as somebody's duplicates if they counted at all.
+    store = EmbeddingStore.write(tmp_path / "store", image, text, caption_group_N=np.arange(60) // 4)
     table = search_pairs(store, tmp_path / "pairs", SearchLimits(k=5, image_ceiling=0.9))
     assert not np.isin(table.pair_ids_NK, [7, 31, 44]).any()
     assert (table.pair_ids_NK[[7, 31, 44]] == -1).all()
@@ -353,7 +354,9 @@ def test_helip_defect_11_rows_that_are_not_finite_are_skipped_counted_and_listed
     noise = read_summary(tmp_path / "pairs")["noise"]
     assert noise["invalid_embedding"] == 3
     assert noise["invalid_examples"] == [7, 31, 44]
-    assert table.pair_ids_NK.tolist() == hard_pairs_by_definition(store, SearchLimits(k=5, image_ceiling=0.9))[0]
+    ids, counts = hard_pairs_by_definition(store, SearchLimits(k=5, image_ceiling=0.9))
+    assert table.pair_ids_NK.tolist() == ids
+    assert table.num_excluded_N.tolist() == counts
 
 
 def test_helip_defect_11_embeddings_of_another_run_are_never_mixed_in(tmp_path):
