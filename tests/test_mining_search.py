@@ -8,7 +8,9 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
+import kernels
 import mining.search
 from mining import EmbeddingStore, PairTable
 from mining.problem import SearchLimits, SearchProblem
@@ -375,3 +377,31 @@ def test_helip_defect_13_same_input_gives_the_same_bytes_and_every_true_neighbou
     assert digests[0] == digests[1]
     # Recall against brute force is 1, not the 27 % of a random subset.
     assert tables[0].pair_ids_NK.tolist() == hard_pairs_by_definition(store, SearchLimits(k=6))[0]
+
+
+def test_reference_search_equals_the_kernels_top_k(tmp_path):
+    store = random_store(tmp_path / "store", 300)
+    limits = SearchLimits(k=12, image_ceiling=0.5, text_ceiling=0.6, floor=0.02)
+    top = ReferenceSearch(SearchProblem.of(store, limits), base_block=70).search(np.arange(300))
+    image, text, image_group, caption_group = (
+        torch.from_numpy(np.array(array))
+        for array in (store.image_ND, store.text_ND, store.image_group_N, store.caption_group_N)
+    )
+    kernel = kernels.product_topk(
+        image,
+        text,
+        image,
+        text,
+        limits.k,
+        query_ids_Q=torch.arange(300),
+        image_ceiling=limits.image_ceiling,
+        text_ceiling=limits.text_ceiling,
+        floor=limits.floor,
+        image_group_Q=image_group,
+        image_group_N=image_group,
+        text_group_Q=caption_group,
+        text_group_N=caption_group,
+    )
+    np.testing.assert_array_equal(top.ids_QK, kernel.ids_QK)
+    np.testing.assert_array_equal(top.image_similarity_QK, kernel.image_similarity_QK)
+    np.testing.assert_array_equal(top.num_excluded_QC.sum(axis=1), kernel.num_excluded_Q)
