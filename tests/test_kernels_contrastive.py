@@ -14,6 +14,7 @@ import kernels.contrastive
 from kernels import contrastive_gradients, contrastive_loss
 from kernels.bench.peers import open_clip_loss
 from kernels.contrastive.state import Options
+from kernels.rows.checks import automatic_backend
 
 MARGINS = [
     {},
@@ -416,9 +417,9 @@ def test_a_number_as_scale_is_refused():
 
 
 def test_automatic_choice_is_logged_once(caplog):
-    kernels.contrastive._automatic_backend.cache_clear()
+    automatic_backend.cache_clear()
     image, text = paired_features(4, 3)
-    with caplog.at_level(logging.INFO, logger="kernels.contrastive"):
+    with caplog.at_level(logging.INFO, logger="kernels"):
         for _ in range(3):
             contrastive_loss(image, text, torch.tensor(2.0))
     assert [record.message for record in caplog.records] == [

@@ -1,4 +1,5 @@
-"""The product top-k: blockwise against its float64 definition and a per-pair loop, whatever the tiles, and bad input."""
+"""The product top-k: blockwise against its float64 definition and a per-pair loop, whatever the tiles, and bad
+input."""
 
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Symmetric InfoNCE over all ranks' rows with the hard-negative margin loss (HNML): checks, choice of backend, call."""
 
-import functools
-import logging
 import math
 from dataclasses import dataclass
 
@@ -10,11 +8,9 @@ from torch import Tensor
 
 from kernels.contrastive import function
 from kernels.contrastive.state import Options
-from kernels.rows.function import FEATURE_DTYPES, exchange_layout
+from kernels.rows.checks import check_towers, choose_backend
+from kernels.rows.function import exchange_layout
 
-logger = logging.getLogger(__name__)
-
-BACKENDS = ("auto", "reference", "blockwise", "triton")
 MARGIN_SPACES = ("cosine", "logits")
 MARGIN_DIRECTIONS = ("image_to_text", "text_to_image", "both")
 
@@ -88,8 +84,8 @@ def contrastive_loss(
     Sources: CLIP (Radford et al. 2021) figure 3; HELIP (arXiv 2305.05208) equation 6 for the margin.
     """
     options = _checked_options(hard_per_anchor, margin_weight, margin_space, margin_direction, label_smoothing)
-    _check_tensors(image_BD, text_BD, logit_scale)
-    chosen = _choose_backend(backend, image_BD.device.type)
+    check_towers(image_BD, text_BD, logit_scale=logit_scale)
+    chosen = choose_backend("contrastive_loss", backend, image_BD.device.type)
     layout = exchange_layout(image_BD, options.group_rows, process_group)
     if chosen == "reference":
         return ContrastiveOutput(*function.reference_terms(image_BD, text_BD, logit_scale, options, layout))
@@ -116,8 +112,8 @@ def contrastive_gradients(
     Collective: every rank of the group calls.
     """
     options = _checked_options(hard_per_anchor, margin_weight, margin_space, margin_direction, label_smoothing)
-    _check_tensors(image_BD, text_BD, logit_scale)
-    chosen = _choose_backend(backend, image_BD.device.type)
+    check_towers(image_BD, text_BD, logit_scale=logit_scale)
+    chosen = choose_backend("contrastive_loss", backend, image_BD.device.type)
     layout = exchange_layout(image_BD, options.group_rows, process_group)
     compute = function.reference_gradients if chosen == "reference" else function.blockwise_gradients
     terms, gradients = compute(image_BD.detach(), text_BD.detach(), logit_scale.detach(), options, layout)
@@ -146,41 +142,3 @@ def _checked_options(
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing={label_smoothing} must be at least 0 and below 1")
     return Options(hard_per_anchor, float(margin_weight), margin_space, margin_direction, float(label_smoothing))
-
-
-def _check_tensors(image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor) -> None:
-    for name, value in (("image_BD", image_BD), ("text_BD", text_BD), ("logit_scale", logit_scale)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, not {type(value).__name__}")
-    if image_BD.dim() != 2 or image_BD.shape != text_BD.shape or image_BD.shape[1] == 0:
-        raise ValueError(
-            f"image_BD and text_BD must be matrices of one shape [B, D] with D >= 1, "
-            f"not {list(image_BD.shape)} and {list(text_BD.shape)}"
-        )
-    if image_BD.dtype not in FEATURE_DTYPES or image_BD.dtype != text_BD.dtype:
-        allowed = ", ".join(str(dtype) for dtype in FEATURE_DTYPES)
-        raise ValueError(
-            f"image_BD and text_BD must share one dtype of {allowed}, not {image_BD.dtype} and {text_BD.dtype}"
-        )
-    if logit_scale.shape not in ((), (1,)) or not logit_scale.dtype.is_floating_point:
-        raise ValueError(
-            f"logit_scale must be a floating-point tensor of shape [] or [1], not {logit_scale.dtype} {list(logit_scale.shape)}"
-        )
-    devices = {image_BD.device, text_BD.device, logit_scale.device}
-    if len(devices) > 1:
-        raise ValueError(f"image_BD, text_BD and logit_scale must be on one device, not {sorted(map(str, devices))}")
-
-
-def _choose_backend(backend: str, device_type: str) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
-    if backend == "triton":
-        raise ValueError("backend='triton' is not available in this build: use 'auto' or 'blockwise'")
-    return _automatic_backend(device_type) if backend == "auto" else backend
-
-
-@functools.cache
-def _automatic_backend(device_type: str) -> str:
-    """Cached, so that the choice is logged once for a kind of device."""
-    logger.info("contrastive_loss on %s: backend 'auto' takes 'blockwise'", device_type)
-    return "blockwise"

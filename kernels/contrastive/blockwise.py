@@ -19,6 +19,9 @@ from torch import Tensor
 
 ROW_TILE = 512
 COLUMN_TILE = 2048
+# exp is a hundred times slower where its result is denormal (-87 and below); exp(-80) is nothing beside a row's sum
+# already.
+LEAST_EXPONENT = -80.0
 # At low loss a handful of rows carry the sum, and their rounding no longer averages out.
 REFINED_ROWS = 64
 
@@ -126,8 +129,10 @@ def gradient_sweep(
             y_tile = y_GD[j0:j1].to(dtype)
             torch.mm(x_tile, y_tile.T, out=cosine)
             band = _band(offset + i0, offset + i1, j0, j1)
-            torch.sub(cosine, row_shift_B[i0:i1, None], out=gradient).mul_(scale).exp_()
-            gradient.add_(torch.sub(cosine, column_shift_G[None, j0:j1], out=work).mul_(scale).exp_())
+            torch.sub(cosine, row_shift_B[i0:i1, None], out=gradient).mul_(scale).clamp_(min=LEAST_EXPONENT).exp_()
+            gradient.add_(
+                torch.sub(cosine, column_shift_G[None, j0:j1], out=work).mul_(scale).clamp_(min=LEAST_EXPONENT).exp_()
+            )
             if band is not None:
                 gradient[band].diagonal().zero_()
             if want_scale:
@@ -255,7 +260,7 @@ def _merge(max_B: Tensor, sum_B: Tensor, cosine: Tensor, work: Tensor, dim: int,
     """Fold a tile into the running (max, sum) along `dim`."""
     tile_max = cosine.amax(dim, keepdim=True)
     reference = _finite_or_zero(tile_max)
-    tile_sum = torch.sub(cosine, reference, out=work).mul_(scale).exp_().sum(dim)
+    tile_sum = torch.sub(cosine, reference, out=work).mul_(scale).clamp_(min=LEAST_EXPONENT).exp_().sum(dim)
     tile_max = tile_max.flatten().double()
     new_max = torch.maximum(max_B, tile_max)
     sum_B.mul_(rescale(max_B, new_max, scale)).add_(tile_sum.double() * rescale(tile_max, new_max, scale))

@@ -18,7 +18,8 @@ from kernels.contrastive import blockwise
 from kernels.contrastive.gradient import gradients
 from kernels.contrastive.reference import contrastive_reference
 from kernels.contrastive.state import ForwardState, Options, anchors_of, part_of
-from kernels.rows.function import Layout, gather_rows, reduce_vector
+from kernels.rows.checks import positive_scale
+from kernels.rows.function import Layout, gather_rows, reduce_vector, rows_of_all_ranks
 
 
 def forward(
@@ -141,37 +142,12 @@ class ContrastiveFunction(torch.autograd.Function):
         return *features, d_scale, None, None
 
 
-class _WorldTimesGradient(torch.autograd.Function):
-    """Identity whose gradient is multiplied by the world size."""
-
-    @staticmethod
-    def forward(ctx, features, world_size):
-        ctx.world_size = world_size
-        return features.view_as(features)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * ctx.world_size, None
-
-
 def reference_terms(image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor, options: Options, layout: Layout) -> tuple:
     """The definition over all ranks' rows, formed whole on every rank. Collective: every rank calls."""
     positive_scale(logit_scale)
-    towers = []
-    for own_BD in (image_BD, text_BD):
-        parts = list(gather_rows(own_BD.detach(), layout).split(layout.counts))
-        parts[layout.rank] = _WorldTimesGradient.apply(own_BD, layout.world_size)
-        towers.append(torch.cat(parts))
+    towers = [rows_of_all_ranks(own_BD, layout) for own_BD in (image_BD, text_BD)]
     terms = contrastive_reference(*towers, logit_scale, **options.definition())
     return terms[0], *(term.detach() for term in terms[1:])
-
-
-def positive_scale(logit_scale: Tensor) -> float:
-    """The scale as a number. NaN passes, so that it shows in the loss."""
-    scale = float(logit_scale.detach())
-    if scale <= 0:
-        raise ValueError(f"logit_scale={scale} must be positive: pass the exponentiated scale, logit_scale.exp()")
-    return scale
 
 
 def blockwise_gradients(

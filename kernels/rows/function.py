@@ -96,3 +96,23 @@ def reduce_vector(vector: Tensor, layout: Layout, operation: dist.ReduceOp) -> T
     if layout.process_group is not None:
         dist.all_reduce(vector, operation, group=layout.process_group)
     return vector
+
+
+def rows_of_all_ranks(own_BD: Tensor, layout: Layout) -> Tensor:
+    """[G, D], differentiable by our own rows with world size times the gradient. Collective: every rank calls."""
+    parts = list(gather_rows(own_BD.detach(), layout).split(layout.counts))
+    parts[layout.rank] = _WorldTimesGradient.apply(own_BD, layout.world_size)
+    return torch.cat(parts)
+
+
+class _WorldTimesGradient(torch.autograd.Function):
+    """Identity whose gradient is multiplied by the world size."""
+
+    @staticmethod
+    def forward(ctx, features, world_size):
+        ctx.world_size = world_size
+        return features.view_as(features)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.world_size, None

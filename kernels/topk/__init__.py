@@ -1,19 +1,14 @@
 """Exact top-k by the product of image and text similarity: checks, choice of backend, call."""
 
-import functools
-import logging
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kernels.rows.checks import choose_backend
 from kernels.rows.function import FEATURE_DTYPES
 from kernels.topk.blockwise import Problem, product_topk_blockwise
 from kernels.topk.reference import product_topk_reference
-
-logger = logging.getLogger(__name__)
-
-BACKENDS = ("auto", "reference", "blockwise", "triton")
 
 
 @dataclass(frozen=True)
@@ -79,7 +74,7 @@ def product_topk(
         floor,
     )
     _check(problem)
-    if _choose_backend(backend, query_image_QD.device.type) == "blockwise":
+    if choose_backend("product_topk", backend, query_image_QD.device.type) == "blockwise":
         return TopK(*product_topk_blockwise(problem))
     towers = (*problem.query_QD, *problem.base_ND)
     settings = {"query_ids_Q": query_ids_Q, "groups": groups, "ceilings": problem.ceilings, "floor": floor}
@@ -125,18 +120,3 @@ def _check(problem: Problem) -> None:
             raise ValueError(f"{name}={ceiling} is a cosine limit, it must lie in (0, 1]; 1 switches it off")
     if not 0 <= problem.floor < 1:
         raise ValueError(f"floor={problem.floor} is a product of two cosines, it must lie in [0, 1)")
-
-
-def _choose_backend(backend: str, device_type: str) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
-    if backend == "triton":
-        raise ValueError("backend='triton' is not available in this build: use 'auto' or 'blockwise'")
-    return _automatic_backend(device_type) if backend == "auto" else backend
-
-
-@functools.cache
-def _automatic_backend(device_type: str) -> str:
-    """Cached, so that the choice is logged once for a kind of device."""
-    logger.info("product_topk on %s: backend 'auto' takes 'blockwise'", device_type)
-    return "blockwise"

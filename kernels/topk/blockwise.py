@@ -23,6 +23,9 @@ BASE_TILE = 2048
 # Entries are sought through maxima of this many: comparing every entry costs as much as a product.
 MAXIMUM_OF = 8
 FLOAT32_ROUNDING = 2.0**-24
+# Times k: more than this and the bounds cannot tell the entries apart (equal rows, say), so that memory needs exact
+# scores.
+MOST_SURVIVORS = 8
 EXCLUDED = -1.0
 
 
@@ -75,6 +78,7 @@ class TileSearch:
         # A later entry must beat this; it rises with the k-th best score found.
         self.threshold_Q = torch.full_like(self.ids_Q, 0, dtype=torch.float64) + problem.floor
         self.survivors = Survivors.none(self.ids_Q.device)
+        self.capacity = 2 * self.num_queries * problem.k
         groups = [group_Q[rows] for group_Q, _ in problem.groups]
         self._exclude_groups([lookup.entries(group) for lookup, group in zip(lookups, groups, strict=True)])
         size = self.num_queries * -(-base_tile // MAXIMUM_OF) * MAXIMUM_OF
@@ -118,8 +122,9 @@ class TileSearch:
         upper_S = score[rows_S, columns_S].double() * (1 + 16 * FLOAT32_ROUNDING)
         lower_S = lower[0] * lower[1] * (1 - 16 * FLOAT32_ROUNDING)
         self.survivors = self.survivors.joined(Survivors(rows_S, columns_S + b0, lower_S, upper_S))
-        if len(self.survivors) > 2 * self.num_queries * self.problem.k:
+        if len(self.survivors) > self.capacity:
             self._compact()
+            self.capacity = max(self.capacity, 2 * len(self.survivors))
 
     def _upper_cosine(self, tower: int, b0: int, b1: int, out: Tensor) -> Tensor:
         """Fill `out` with upper bounds of the cosines; returns the bound e of each query: the true one is within 2e
@@ -179,7 +184,7 @@ class TileSearch:
             kth_Q = lower_QM.topk(k, dim=1).values[:, -1]
             self.threshold_Q = torch.maximum(self.threshold_Q, kth_Q)
         survivors = survivors.chosen(survivors.upper_S >= self.threshold_Q[survivors.rows_S])
-        if len(survivors) > self.num_queries * k * 3 // 2:
+        if len(survivors) > MOST_SURVIVORS * self.num_queries * k:
             similarity = self._exact(survivors.rows_S, survivors.ids_S)
             score_S = similarity[0].clamp(min=0) * similarity[1].clamp(min=0)
             kept_S, kth_Q = best_of_rows(survivors, score_S, self.num_queries, k)

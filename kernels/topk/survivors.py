@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-EXACT_CHUNK = 4096
+EXACT_CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,11 @@ def best_of_rows(survivors: Survivors, score_S: Tensor, num_queries: int, k: int
 def exact_similarity(query_QD: Tensor, base_ND: Tensor, rows_S: Tensor, ids_S: Tensor) -> Tensor:
     """float64 [S] dot products, each summed by itself in a fixed order: exact for float16 unit rows."""
     similarity_S = torch.zeros(len(rows_S), dtype=torch.float64, device=rows_S.device)
+    # float32 holds a product of two 16-bit numbers exactly; wider rows are multiplied in float64.
+    dtype = torch.float32 if base_ND.dtype in (torch.float16, torch.bfloat16) else torch.float64
+    query_QD = query_QD.to(dtype)
     for start in range(0, len(rows_S), EXACT_CHUNK):
         part = slice(start, start + EXACT_CHUNK)
-        similarity_S[part] = (query_QD[rows_S[part]].double() * base_ND[ids_S[part]].double()).sum(1)
+        base_SD = base_ND.index_select(0, ids_S[part]).to(dtype)
+        similarity_S[part] = base_SD.mul_(query_QD.index_select(0, rows_S[part])).sum(1, dtype=torch.float64)
     return similarity_S

@@ -1,0 +1,63 @@
+"""What every operation refuses, and the choice of a backend."""
+
+import functools
+import logging
+
+from torch import Tensor
+
+from kernels.rows.function import FEATURE_DTYPES
+
+logger = logging.getLogger("kernels")
+
+BACKENDS = ("auto", "reference", "blockwise", "triton")
+
+
+def check_towers(image_BD: Tensor, text_BD: Tensor, **scalars: Tensor) -> None:
+    """Refuse rows and named scalars that no loss takes: TypeError for no tensor, ValueError for shape, dtype,
+    device."""
+    for name, value in (("image_BD", image_BD), ("text_BD", text_BD), *scalars.items()):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, not {type(value).__name__}")
+    if image_BD.dim() != 2 or image_BD.shape != text_BD.shape or image_BD.shape[1] == 0:
+        raise ValueError(
+            f"image_BD and text_BD must be matrices of one shape [B, D] with D >= 1, "
+            f"not {list(image_BD.shape)} and {list(text_BD.shape)}"
+        )
+    if image_BD.dtype not in FEATURE_DTYPES or image_BD.dtype != text_BD.dtype:
+        allowed = ", ".join(str(dtype) for dtype in FEATURE_DTYPES)
+        raise ValueError(
+            f"image_BD and text_BD must share one dtype of {allowed}, not {image_BD.dtype} and {text_BD.dtype}"
+        )
+    for name, value in scalars.items():
+        if value.shape not in ((), (1,)) or not value.dtype.is_floating_point:
+            raise ValueError(
+                f"{name} must be a floating-point tensor of shape [] or [1], not {value.dtype} {list(value.shape)}"
+            )
+    devices = {str(value.device) for value in (image_BD, text_BD, *scalars.values())}
+    if len(devices) > 1:
+        names = ", ".join(["image_BD", "text_BD", *scalars])
+        raise ValueError(f"{names} must be on one device, not {sorted(devices)}")
+
+
+def positive_scale(logit_scale: Tensor) -> float:
+    """The scale as a number. NaN passes, so that it shows in the loss."""
+    scale = float(logit_scale.detach())
+    if scale <= 0:
+        raise ValueError(f"logit_scale={scale} must be positive: pass the exponentiated scale, logit_scale.exp()")
+    return scale
+
+
+def choose_backend(operation: str, backend: str, device_type: str) -> str:
+    """ "reference" or "blockwise"; ValueError for an unknown one, or one that is asked for and cannot run."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
+    if backend == "triton":
+        raise ValueError("backend='triton' is not available in this build: use 'auto' or 'blockwise'")
+    return automatic_backend(operation, device_type) if backend == "auto" else backend
+
+
+@functools.cache
+def automatic_backend(operation: str, device_type: str) -> str:
+    """Cached, so that the choice is logged once for an operation and a kind of device."""
+    logger.info("%s on %s: backend 'auto' takes 'blockwise'", operation, device_type)
+    return "blockwise"
