@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 
 from mining.command_line import run
 from train.evaluate import linear_probe, retrieval, zeroshot
@@ -229,6 +231,30 @@ def test_linear_probe_separates_what_is_separable_and_reports_unseen_classes():
     result = linear_probe.measure(LinearProbe("x"), train, test)
     assert result.measurements["top1"].values_U.tolist() == [1, 1, 0, 0]
     assert result.details["classes_without_training_images"] == ["2"]
+
+
+def test_linear_probe_equals_plain_logistic_regression_at_the_picked_penalty():
+    generator = torch.Generator().manual_seed(1)
+    centre_VD = torch.randn(4, 6, generator=generator)
+    labels = [index % 4 for index in range(300)]
+    image_ND = torch.nn.functional.normalize(centre_VD[labels] + 1.2 * torch.randn(300, 6, generator=generator), dim=1)
+    rows = [{"cls": str(label)} for label in labels]
+    train, test = fields_only(rows[:200], image_ND[:200]), fields_only(rows[200:], image_ND[200:])
+    result = linear_probe.measure(LinearProbe("x"), train, test)
+    assert result.details["converged"]
+    scaler = StandardScaler().fit(train.image_ND)
+    plain = LogisticRegression(C=result.details["inverse_penalty"], max_iter=2000, tol=1e-8)
+    plain.fit(scaler.transform(train.image_ND), labels[:200])
+    expected = plain.predict(scaler.transform(test.image_ND)) == np.array(labels[200:])
+    assert 0.3 < expected.mean() < 0.98
+    assert result.measurements["top1"].values_U.tolist() == expected.tolist()
+
+
+def test_linear_probe_works_when_a_class_has_a_single_picture():
+    image_ND = torch.nn.functional.normalize(torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    rows = [{"cls": str(row)} for row in range(12)]
+    result = linear_probe.measure(LinearProbe("x"), fields_only(rows, image_ND), fields_only(rows, image_ND))
+    assert result.measurements["top1"].value == 1.0
 
 
 def test_cached_features_equal_fresh_ones_and_follow_the_checkpoint(encoder, shards):
