@@ -19,7 +19,7 @@ from mining.command_line import run
 from mining.manifest import write_manifest
 from mining.pair_table import PairTable
 from train.report.__main__ import main
-from train.report.charts import Series, line_chart, thinned, ticks
+from train.report.charts import Series, line_chart, thinned, tick_label, ticks
 from train.report.compare import build_tables, choose_pair, paired_difference, text_table, verdict_sentence
 from train.report.runs import read_runs
 from train.report.sections import metric_label
@@ -318,6 +318,19 @@ def test_no_runs_is_one_line(capsys, tmp_path):
 def test_ticks_are_round_and_inside():
     assert ticks(0.0, 10.0) == [0, 2, 4, 6, 8, 10]
     assert ticks(-0.03, 0.041, 4) == pytest.approx([-0.02, 0.0, 0.02, 0.04])
+
+
+def test_neighbouring_tick_labels_differ():
+    values = ticks(14.245, 14.273, 6)
+    assert [tick_label(value, values) for value in values] == [
+        "14.245",
+        "14.250",
+        "14.255",
+        "14.260",
+        "14.265",
+        "14.270",
+    ]
+    assert [tick_label(value, [0, 50000]) for value in (0, 50000)] == ["0", "50k"]
 
 
 def test_long_series_are_thinned_to_means_that_keep_the_average():

@@ -43,6 +43,15 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
+def tick_label(value: float, values: Sequence[float]) -> str:
+    """As many decimals as the distance between ticks needs: neighbours never read the same."""
+    distance = values[1] - values[0] if len(values) > 1 else abs(value)
+    if not distance or abs(value) >= 10000:
+        return number(value)
+    decimals = max(0, -math.floor(math.log10(distance) + 1e-9))
+    return f"{value:.{decimals}f}" if value else "0"
+
+
 def signed(value: float) -> str:
     return "0" if abs(value) < 1e-12 else f"{value:+.3g}"
 
@@ -69,13 +78,16 @@ def line_chart(title: str, series: Sequence[Series], *, note: str = "") -> str:
     to_x = scale(0.0, max(x_high, 1.0), LEFT, WIDTH - RIGHT)
     to_y = scale(y_low, y_high, HEIGHT - BOTTOM, TOP)
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title, quote=True)} by step">']
-    for value in ticks(y_low, y_high):
+    y_ticks, x_ticks = ticks(y_low, y_high), ticks(0.0, max(x_high, 1.0))
+    for value in y_ticks:
         y = to_y(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{number(value)}</text>')
-    for value in ticks(0.0, max(x_high, 1.0)):
         parts.append(
-            f'<text class="tick" x="{to_x(value):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{number(value)}</text>'
+            f'<text class="tick" x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{tick_label(value, y_ticks)}</text>'
+        )
+    for value in x_ticks:
+        parts.append(
+            f'<text class="tick" x="{to_x(value):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{tick_label(value, x_ticks)}</text>'
         )
     parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">step</text>')
     parts.extend(line_path(line, to_x, to_y) for line in drawn)
