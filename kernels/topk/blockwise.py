@@ -108,10 +108,10 @@ class TileSearch:
             upper[:, b1 - b0 :] = EXCLUDED
             upper[rows_S, columns_S] = EXCLUDED
         self._exclude_near(image, text, b0)
+        if len(self.survivors) == 0:
+            self._raise_threshold(image, text, errors, score)
         # One factor clamped is enough: a negative product is no survivor either.
         torch.mul(image.relu_(), text, out=score)
-        if len(self.survivors) == 0:
-            self._raise_threshold(score, errors)
         # The product and its factors were rounded a few times. Not below 0, where what is excluded lies.
         slack_Q = (self.threshold_Q * (1 - 16 * FLOAT32_ROUNDING) - 2.0**-60).clamp(min=0)
         rows_S, columns_S = entries_above(score, slack_Q.float())
@@ -160,21 +160,16 @@ class TileSearch:
         self.num_excluded_Q += torch.bincount(rows_S[near_S], minlength=self.num_queries)
         image[rows_S[near_S], columns_S[near_S]] = EXCLUDED
 
-    def _raise_threshold(self, score: Tensor, errors: list[Tensor]) -> None:
-        """The first tile has no k-th best yet; maxima of disjoint entries, less twice the error, give one from
-        below."""
-        maxima = score.view(self.num_queries, MAXIMUM_OF, score.shape[1] // MAXIMUM_OF).amax(1)
-        if maxima.shape[1] < self.problem.k:
+    def _raise_threshold(self, image: Tensor, text: Tensor, errors: list[Tensor], work: Tensor) -> None:
+        """The first tile has no k-th best yet: the k-th of maxima of lower bounds, each over other entries, is below it."""
+        stride = image.shape[1] // MAXIMUM_OF
+        if stride < self.problem.k:
             return
+        below = [(2 * error_Q * (1 + 4 * FLOAT32_ROUNDING)).float()[:, None] for error_Q in errors]
+        torch.sub(image, below[0], out=work).relu_().mul_((text - below[1]).relu_())
+        maxima = work.view(self.num_queries, MAXIMUM_OF, stride).amax(1)
         kth_Q = maxima.topk(self.problem.k, dim=1).values[:, -1].double()
-        gap_Q = 2 * (errors[0] * self._length(1) + errors[1] * self._length(0)) + 1e-6
-        self.threshold_Q = torch.maximum(self.threshold_Q, kth_Q - gap_Q)
-
-    def _length(self, tower: int) -> Tensor:
-        """Bound on any upper cosine of each query."""
-        query_norm_Q, query_residual_Q = self.query_norms[tower]
-        norm_N, residual_N = self.base_norms[tower]
-        return 2 * (query_norm_Q + query_residual_Q) * (norm_N.max() + residual_N.max())
+        self.threshold_Q = torch.maximum(self.threshold_Q, kth_Q * (1 - 16 * FLOAT32_ROUNDING))
 
     def _compact(self) -> None:
         """Drop entries that cannot be among the k best; where bounds leave too many, decide exactly."""

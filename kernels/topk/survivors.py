@@ -43,8 +43,8 @@ class Survivors:
 
     def sorted(self) -> "Survivors":
         """By query, then by base id, so that stable sorts by score leave ties in ascending id."""
-        by_id = torch.argsort(self.ids_S, stable=True)
-        return self.chosen(by_id[torch.argsort(self.rows_S[by_id], stable=True)])
+        key_S = self.rows_S * (int(self.ids_S.max()) + 1 if len(self) else 1) + self.ids_S
+        return self.chosen(torch.argsort(key_S))
 
     def dense(self, values_S: Tensor, num_queries: int, fill: float = -1.0) -> Tensor:
         """[Q, M] of each query's values in this order, `fill` after them; needs rows in ascending order."""
