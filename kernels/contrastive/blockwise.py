@@ -19,6 +19,9 @@ from torch import Tensor
 
 ROW_TILE = 512
 COLUMN_TILE = 2048
+# How far apart two references may lie (in nats) for one exponential to serve rows and columns: what underflows in one
+# is then nothing in the other either.
+SHARED_EXPONENT_RANGE = 40.0
 # exp is a hundred times slower where its result is denormal (-87 and below); exp(-80) is nothing beside a row's sum
 # already.
 LEAST_EXPONENT = -80.0
@@ -41,7 +44,10 @@ class Hinges:
 
 @dataclass
 class Statistics:
-    """What one forward sweep knows; `*_max` in cosine units, `*_sum` of exp(scale * (cosine - max)), all float64."""
+    """What one forward sweep knows; `*_max` in cosine units, `*_sum` of exp(scale * cosine - reference), all float64.
+
+    The reference of a maximum is `reference_logit`: the same float32 number wherever it is formed.
+    """
 
     row_max_B: Tensor
     row_sum_B: Tensor
@@ -85,8 +91,7 @@ def forward_sweep(
                 first = i0 + band[0].start
                 stats.tile_diagonal_B[first : first + len(diagonal)] = diagonal
                 diagonal.fill_(-torch.inf)
-            _merge(stats.row_max_B[i0:i1], stats.row_sum_B[i0:i1], cosine, work, 1, scale)
-            _merge(stats.column_max_G[j0:j1], stats.column_sum_G[j0:j1], cosine, work, 0, scale)
+            _add_exponentials(stats, cosine, work, (i0, i1), (j0, j1), scale)
             if band is not None and (hinges.row_A is not None or hinges.column_A is not None):
                 _exclude_groups(cosine[band], group)
             _add_hinges(stats, hinges, cosine, work, (i0, i1), (j0, j1))
@@ -120,7 +125,6 @@ def gradient_sweep(
     dy_GD = y_GD.new_zeros(y_GD.shape, dtype=dtype) if want_y else None
     scale_sum = torch.zeros((), dtype=torch.float64, device=x_BD.device)
     group = hinges.group_rows
-    row_shift_B, column_shift_G = (row_lse_B / scale).to(dtype), (column_lse_G / scale).to(dtype)
     buffers = _Buffers(3, row_tile, column_tile, group, dtype, x_BD.device)
     for i0, i1 in tiles(len(x_BD), row_tile, group):
         x_tile = x_BD[i0:i1].to(dtype)
@@ -129,10 +133,7 @@ def gradient_sweep(
             y_tile = y_GD[j0:j1].to(dtype)
             torch.mm(x_tile, y_tile.T, out=cosine)
             band = _band(offset + i0, offset + i1, j0, j1)
-            torch.sub(cosine, row_shift_B[i0:i1, None], out=gradient).mul_(scale).clamp_(min=LEAST_EXPONENT).exp_()
-            gradient.add_(
-                torch.sub(cosine, column_shift_G[None, j0:j1], out=work).mul_(scale).clamp_(min=LEAST_EXPONENT).exp_()
-            )
+            _softmax_sum(cosine, row_lse_B[i0:i1], column_lse_G[j0:j1], scale, gradient, work)
             if band is not None:
                 gradient[band].diagonal().zero_()
             if want_scale:
@@ -207,14 +208,22 @@ def hard_minimum(anchor_BD: Tensor, hard_BD: Tensor, group_rows: int, *, row_til
     return threshold_A, row_A
 
 
-def log_sum_exp(max_B: Tensor, sum_B: Tensor, scale: float) -> Tensor:
+def reference_logit(max_B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """float64 of the float32 product scale * maximum; a fused multiply-add then subtracts it without another
+    rounding."""
+    return (max_B.to(dtype) * scale).double()
+
+
+def log_sum_exp(max_B: Tensor, sum_B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """Logit units; -inf where nothing was summed, NaN where something was not a number."""
-    return _finite_or_zero(max_B) * scale + sum_B.log()
+    return reference_logit(_finite_or_zero(max_B), scale, dtype) + sum_B.log()
 
 
-def rescale(old_max_B: Tensor, new_max_B: Tensor, scale: float) -> Tensor:
-    """exp(scale * (old - new)), 0 where nothing was summed under the old maximum."""
-    return torch.exp(scale * (old_max_B - _finite_or_zero(new_max_B)))
+def rescale(old_max_B: Tensor, new_max_B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """What turns a sum under the old maximum into one under the new, 0 where nothing was summed."""
+    return torch.exp(
+        reference_logit(old_max_B, scale, dtype) - reference_logit(_finite_or_zero(new_max_B), scale, dtype)
+    )
 
 
 class _Buffers:
@@ -256,15 +265,57 @@ def _band(i0: int, i1: int, j0: int, j1: int) -> tuple[slice, slice] | None:
     return (slice(low - i0, high - i0), slice(low - j0, high - j0)) if low < high else None
 
 
-def _merge(max_B: Tensor, sum_B: Tensor, cosine: Tensor, work: Tensor, dim: int, scale: float) -> None:
-    """Fold a tile into the running (max, sum) along `dim`."""
-    tile_max = cosine.amax(dim, keepdim=True)
-    reference = _finite_or_zero(tile_max)
-    tile_sum = torch.sub(cosine, reference, out=work).mul_(scale).clamp_(min=LEAST_EXPONENT).exp_().sum(dim)
-    tile_max = tile_max.flatten().double()
-    new_max = torch.maximum(max_B, tile_max)
-    sum_B.mul_(rescale(max_B, new_max, scale)).add_(tile_sum.double() * rescale(tile_max, new_max, scale))
-    max_B.copy_(new_max)
+def _add_exponentials(
+    stats: Statistics, cosine: Tensor, work: Tensor, rows: tuple[int, int], columns: tuple[int, int], scale: float
+) -> None:
+    """Fold a tile into the running (max, sum) of its rows and columns."""
+    row_max, column_max = cosine.amax(1), cosine.amax(0)
+    row_reference = reference_logit(_finite_or_zero(row_max), scale, cosine.dtype)
+    column_reference = reference_logit(_finite_or_zero(column_max), scale, cosine.dtype)
+    row_sum = _exponentials(cosine, row_reference[:, None], scale, work).sum(1)
+    highest = row_reference.max()
+    # The rows' exponentials serve the columns too: a weighted sum in place of another exponential of the whole tile.
+    if (highest - column_reference.min()) < SHARED_EXPONENT_RANGE:
+        weight = torch.exp(row_reference - highest).masked_fill_(row_max == -torch.inf, 0)
+        column_sum = torch.mv(work.T, weight.to(work.dtype)).double() * torch.exp(highest - column_reference)
+    else:
+        column_sum = _exponentials(cosine, column_reference[None, :], scale, work).sum(0)
+    own, others = slice(*rows), slice(*columns)
+    _merge(stats.row_max_B[own], stats.row_sum_B[own], row_max, row_sum, scale)
+    _merge(stats.column_max_G[others], stats.column_sum_G[others], column_max, column_sum, scale)
+
+
+def _exponentials(cosine: Tensor, reference: Tensor, scale: float, out: Tensor) -> Tensor:
+    """exp(scale * cosine - reference) into `out`; `reference` float64, exactly a number of the tile's dtype."""
+    return torch.add(-reference.to(out.dtype), cosine, alpha=scale, out=out).clamp_(min=LEAST_EXPONENT).exp_()
+
+
+def _merge(max_B: Tensor, sum_B: Tensor, tile_max_B: Tensor, tile_sum_B: Tensor, scale: float) -> None:
+    dtype, tile_max_B = tile_max_B.dtype, tile_max_B.double()
+    new_max_B = torch.maximum(max_B, tile_max_B)
+    added_B = tile_sum_B.double() * rescale(tile_max_B, new_max_B, scale, dtype)
+    sum_B.mul_(rescale(max_B, new_max_B, scale, dtype)).add_(added_B)
+    max_B.copy_(new_max_B)
+
+
+def _softmax_sum(
+    cosine: Tensor, row_lse_B: Tensor, column_lse_G: Tensor, scale: float, out: Tensor, work: Tensor
+) -> None:
+    """exp(s_ij - row_lse_i) + exp(s_ij - column_lse_j) into `out`, from float64 log-sum-exps."""
+    # The exponent's reference must be a number of the tile's dtype; a factor near one makes up for its rounding.
+    reference = row_lse_B.to(out.dtype).double()
+    _exponentials(cosine, reference[:, None], scale, out)
+    correction = torch.exp(reference - row_lse_B).to(out.dtype)[:, None]
+    highest = reference.max()
+    if (highest - column_lse_G.min()) < SHARED_EXPONENT_RANGE:
+        row_factor = torch.exp(reference - highest).to(out.dtype)[:, None]
+        column_factor = torch.exp(highest - column_lse_G).to(out.dtype)[None, :]
+        out.mul_(torch.addcmul(correction, row_factor, column_factor, out=work))
+        return
+    column_reference = column_lse_G.to(out.dtype).double()
+    column_correction = torch.exp(column_reference - column_lse_G).to(out.dtype)[None, :]
+    _exponentials(cosine, column_reference[None, :], scale, work)
+    out.mul_(correction).addcmul_(work, column_correction)
 
 
 def _exclude_groups(block: Tensor, group_rows: int) -> None:

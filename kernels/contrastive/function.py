@@ -27,6 +27,7 @@ def forward(
 ) -> tuple[list[Tensor], ForwardState]:
     """Terms (loss, contrastive, margin, image_accuracy, text_accuracy) in float64 and the state. Collective: every
     rank calls."""
+    dtype = blockwise.accumulation_dtype(image_BD.dtype)
     group, own_anchors = options.group_rows, anchors_of(layout.own, options)
     image_threshold_AG, image_hard_row_A = _thresholds(image_BD, text_BD, options, layout, "image_to_text")
     text_threshold_AG, text_hard_row_A = _thresholds(text_BD, image_BD, options, layout, "text_to_image")
@@ -39,9 +40,9 @@ def forward(
         row_tile=options.row_tile,
         column_tile=options.column_tile,
     )
-    text_off_G, text_max_G, text_hinge_AG, text_active_AG = _reduce_columns(stats, scale, layout)
+    text_off_G, text_max_G, text_hinge_AG, text_active_AG = _reduce_columns(stats, scale, layout, dtype)
     positive_B = scale * blockwise.row_dots(image_BD, text_BD, row_tile=options.row_tile)
-    image_off_B = blockwise.log_sum_exp(stats.row_max_B, stats.row_sum_B, scale)
+    image_off_B = blockwise.log_sum_exp(stats.row_max_B, stats.row_sum_B, scale, dtype)
     positive_G, image_off_G = gather_rows(torch.stack([positive_B, image_off_B], 1), layout).unbind(1)
     # The loss takes the hardest rows from float64 products. Gradients do not: there it counts that a row's softmax
     # sums to one.
@@ -91,13 +92,15 @@ def _thresholds(
     return gather_rows(own_A[:, None], layout, rows_per_item=options.group_rows)[:, 0], row_A
 
 
-def _reduce_columns(stats: blockwise.Statistics, scale: float, layout: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _reduce_columns(
+    stats: blockwise.Statistics, scale: float, layout: Layout, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log-sum-exp_G, max_G, hinge_AG, active_AG) of the columns over all ranks. Collective: every rank calls."""
     max_G = reduce_vector(stats.column_max_G.clone(), layout, dist.ReduceOp.MAX)
-    sum_G = stats.column_sum_G * blockwise.rescale(stats.column_max_G, max_G, scale)
+    sum_G = stats.column_sum_G * blockwise.rescale(stats.column_max_G, max_G, scale, dtype)
     packed = reduce_vector(torch.cat([sum_G, stats.column_hinge_A, stats.column_active_A]), layout, dist.ReduceOp.SUM)
     sum_G, hinge_AG, active_AG = packed.split([len(max_G), len(stats.column_hinge_A), len(stats.column_active_A)])
-    return blockwise.log_sum_exp(max_G, sum_G, scale), max_G, hinge_AG, active_AG
+    return blockwise.log_sum_exp(max_G, sum_G, scale, dtype), max_G, hinge_AG, active_AG
 
 
 def _softplus(x: Tensor) -> Tensor:
