@@ -32,11 +32,10 @@ def pocket_refine() -> dict[str, Any]:
         model=ModelConfig(name="pocket-rn"),
         data=DataConfig(workers=0, hard_per_anchor=3, num_candidates=16),
         augment=POCKET_AUGMENT,
-        loss=LossConfig(margin_weight=1.0),
-        optim=OptimConfig(lr=5e-4, wd=0.1, warmup=50),
+        loss=LossConfig(margin_weight=30.0),
+        optim=OptimConfig(lr=5e-4, wd=0.1, warmup=30),
         batch_size=128,
         epochs=1,
-        max_steps=408,
         threads=1,
         save_every_steps=100,
     )

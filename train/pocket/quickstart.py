@@ -72,7 +72,7 @@ def stages(config: QuickstartConfig) -> list[Stage]:
     pretrained = ("--model.pretrained", f"{out}/runs/pretrain", "--data.pairs", f"{out}/pairs")
     runs = [f"{out}/runs/{name}" for name in ("pretrain", "control", "refine")]
     return [
-        Stage("data", (*python, "train.pocket.data", "--out", data, *(("--short",) if config.short else ()))),
+        Stage("data", (*python, "train.pocket.data", "--out", data, "--short" if config.short else "--no-skin-tones")),
         Stage(
             "ingest",
             (
