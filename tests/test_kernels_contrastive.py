@@ -300,6 +300,22 @@ def test_no_gradient_is_prepared_under_inference_mode():
     assert output.loss.item() == contrastive_loss(image, text, torch.tensor(8.0)).loss.item()
 
 
+@pytest.mark.parametrize("backend", ["reference", "blockwise"])
+def test_autocast_around_the_call_changes_no_bit(backend):
+    leaves = [*paired_features(24, 16, dtype=torch.float32), logit_scale(50.0, torch.float32)]
+    settings = {"hard_per_anchor": 2, "margin_weight": 0.5, "backend": backend}
+    expected = gradients_of(leaves, **settings)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = contrastive_loss(*leaves, **settings)
+        if backend == "blockwise":
+            assert gradients_of(leaves, **settings)[1].equal(expected[1]), (
+                "not even with backward inside, unlike plain torch"
+            )
+    values = [output.loss.detach(), *torch.autograd.grad(output.loss, leaves)]
+    for value, wanted in zip(values, expected, strict=True):
+        assert value.equal(wanted)
+
+
 def test_only_the_loss_is_differentiable_and_scale_shape_is_kept():
     image, text = paired_features(12, 4)
     scale = torch.tensor([8.0], requires_grad=True)

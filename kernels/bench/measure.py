@@ -1,6 +1,7 @@
 """Times contenders side by side: interleaved rounds, medians, peak extra memory, and agreement before any number is
 shown."""
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -82,6 +83,8 @@ def _peak_extra_mib(run: Callable[[], Any], device: torch.device) -> tuple[float
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20, answer
     if not (CLEAR_PEAK.exists() and STATUS.exists()):
         return None, run()
+    # What earlier runs freed would otherwise be used again, and not count.
+    ctypes.CDLL(None).malloc_trim(0)
     # Linux: 5 makes the peak of the resident set start from its present size.
     CLEAR_PEAK.write_text("5")
     before = _peak_resident_mib()

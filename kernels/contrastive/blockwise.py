@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.rows.precision import bfloat16_units
+
 ROW_TILE = 512
 COLUMN_TILE = 2048
 # How far apart two references may lie (in nats) for one exponential to serve rows and columns: what underflows in one
@@ -84,7 +86,7 @@ def forward_sweep(
         x_tile = x_BD[i0:i1].to(dtype)
         for j0, j1 in tiles(len(y_GD), column_tile, group):
             cosine, work = buffers.views(i1 - i0, j1 - j0)
-            torch.mm(x_tile, y_GD[j0:j1].to(dtype).T, out=cosine)
+            cosine_tile(x_tile, y_GD[j0:j1].to(dtype), out=cosine, exact_in_bfloat16=x_BD.dtype == torch.bfloat16)
             band = _band(offset + i0, offset + i1, j0, j1)
             if band is not None:
                 diagonal = cosine[band].diagonal()
@@ -131,7 +133,7 @@ def gradient_sweep(
         for j0, j1 in tiles(len(y_GD), column_tile, group):
             cosine, gradient, work = buffers.views(i1 - i0, j1 - j0)
             y_tile = y_GD[j0:j1].to(dtype)
-            torch.mm(x_tile, y_tile.T, out=cosine)
+            cosine_tile(x_tile, y_tile, out=cosine, exact_in_bfloat16=x_BD.dtype == torch.bfloat16)
             band = _band(offset + i0, offset + i1, j0, j1)
             _softmax_sum(cosine, row_lse_B[i0:i1], column_lse_G[j0:j1], scale, gradient, work)
             if band is not None:
@@ -152,6 +154,12 @@ def gradient_sweep(
             if dy_GD is not None:
                 dy_GD[j0:j1].addmm_(gradient.T, x_tile)
     return dx_BD, dy_GD, scale_sum
+
+
+def cosine_tile(x_BD: Tensor, y_BD: Tensor, *, out: Tensor, exact_in_bfloat16: bool) -> None:
+    """x_BD @ y_BD.T into `out`, on bfloat16 units where the rows are bfloat16 numbers: the sums stay float32."""
+    with bfloat16_units(exact_in_bfloat16):
+        torch.mm(x_BD, y_BD.T, out=out)
 
 
 def row_dots(x_BD: Tensor, y_BD: Tensor, *, row_tile: int) -> Tensor:

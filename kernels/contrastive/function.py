@@ -20,6 +20,7 @@ from kernels.contrastive.reference import contrastive_reference
 from kernels.contrastive.state import ForwardState, Options, anchors_of, part_of
 from kernels.rows.checks import positive_scale
 from kernels.rows.function import Layout, gather_rows, reduce_vector, rows_of_all_ranks
+from kernels.rows.precision import without_autocast
 
 
 def forward(
@@ -120,6 +121,7 @@ class ContrastiveFunction(torch.autograd.Function):
     """(image_BD, text_BD, logit_scale) -> five 0-d terms, of which the first, the loss, is differentiable."""
 
     @staticmethod
+    @without_autocast
     def forward(ctx, image_BD, text_BD, logit_scale, options, layout):
         image_GD, text_GD = gather_rows(image_BD, layout), gather_rows(text_BD, layout)
         terms, ctx.state = forward(image_BD, text_BD, image_GD, text_GD, positive_scale(logit_scale), options, layout)
@@ -135,6 +137,7 @@ class ContrastiveFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, d_loss, *_):
         want = dict(zip(("want_image", "want_text", "want_scale"), ctx.needs_input_grad[:3], strict=True))
         image_BD = ctx.saved_tensors[0]
@@ -145,6 +148,7 @@ class ContrastiveFunction(torch.autograd.Function):
         return *features, d_scale, None, None
 
 
+@without_autocast
 def reference_terms(image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor, options: Options, layout: Layout) -> tuple:
     """The definition over all ranks' rows, formed whole on every rank. Collective: every rank calls."""
     positive_scale(logit_scale)
@@ -153,6 +157,7 @@ def reference_terms(image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor, opti
     return terms[0], *(term.detach() for term in terms[1:])
 
 
+@without_autocast
 def blockwise_gradients(
     image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor, options: Options, layout: Layout
 ) -> tuple:
@@ -166,6 +171,7 @@ def blockwise_gradients(
     return [term.to(dtype) for term in terms], (d_image, d_text, d_scale.to(dtype))
 
 
+@without_autocast
 def reference_gradients(
     image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor, options: Options, layout: Layout
 ) -> tuple:

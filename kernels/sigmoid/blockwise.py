@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.contrastive.blockwise import accumulation_dtype, tiles
+from kernels.contrastive.blockwise import accumulation_dtype, cosine_tile, tiles
 
 ROW_TILE = 512
 COLUMN_TILE = 2048
@@ -80,7 +80,8 @@ def _logit_tiles(
         for j0, j1 in tiles(len(y_GD), column_tile, 1):
             y_tile = y_GD[j0:j1].to(dtype)
             logits = flat[: (i1 - i0) * (j1 - j0)].view(i1 - i0, j1 - j0)
-            torch.mm(x_tile, y_tile.T, out=logits).mul_(scale).add_(bias)
+            cosine_tile(x_tile, y_tile, out=logits, exact_in_bfloat16=x_BD.dtype == torch.bfloat16)
+            logits.mul_(scale).add_(bias)
             low, high = max(offset + i0, j0), min(offset + i1, j1)
             square = logits[low - offset - i0 : high - offset - i0, low - j0 : high - j0] if low < high else None
             diagonal = square.diagonal() if square is not None else None

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from kernels.contrastive.blockwise import accumulation_dtype, row_dots, tiles
 from kernels.rows.checks import positive_scale
 from kernels.rows.function import Layout, gather_rows, reduce_vector, rows_of_all_ranks
+from kernels.rows.precision import without_autocast
 from kernels.sigmoid import blockwise
 from kernels.sigmoid.reference import sigmoid_reference
 
@@ -107,6 +108,7 @@ class SigmoidFunction(torch.autograd.Function):
     differentiable."""
 
     @staticmethod
+    @without_autocast
     def forward(ctx, image_BD, text_BD, logit_scale, logit_bias, layout):
         image_GD, text_GD = gather_rows(image_BD, layout), gather_rows(text_BD, layout)
         scale, bias = positive_scale(logit_scale), float(logit_bias.detach())
@@ -120,6 +122,7 @@ class SigmoidFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, d_loss, *_):
         need_image, need_text, need_scale, need_bias = ctx.needs_input_grad[:4]
         want = {"want_image": need_image, "want_text": need_text, "want_scalars": need_scale or need_bias}
@@ -135,6 +138,7 @@ class SigmoidFunction(torch.autograd.Function):
         return *features, *scalars, None
 
 
+@without_autocast
 def reference_terms(image_BD, text_BD, logit_scale, logit_bias, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     """The definition over all ranks' rows, formed whole on every rank. Collective: every rank calls."""
     positive_scale(logit_scale)
@@ -143,6 +147,7 @@ def reference_terms(image_BD, text_BD, logit_scale, logit_bias, layout: Layout) 
     return loss, positive.detach(), negative.detach()
 
 
+@without_autocast
 def blockwise_gradients(image_BD, text_BD, logit_scale, logit_bias, layout: Layout) -> tuple[list, list]:
     """(three terms, four gradients) without autograd. Collective: every rank calls."""
     dtype = accumulation_dtype(image_BD.dtype)
@@ -153,6 +158,7 @@ def blockwise_gradients(image_BD, text_BD, logit_scale, logit_bias, layout: Layo
     return [term.to(dtype) for term in terms], [value.to(dtype) for value in results]
 
 
+@without_autocast
 def reference_gradients(image_BD, text_BD, logit_scale, logit_bias, layout: Layout) -> tuple[list, list]:
     """As `blockwise_gradients`, by autograd through the definition. Collective: every rank calls."""
     dtype = accumulation_dtype(image_BD.dtype)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels.rows.checks import choose_backend
 from kernels.rows.function import FEATURE_DTYPES
+from kernels.rows.precision import without_autocast
 from kernels.topk.blockwise import Problem, product_topk_blockwise
 from kernels.topk.reference import product_topk_reference
 
@@ -27,6 +28,7 @@ class TopK:
 
 
 @torch.no_grad()
+@without_autocast
 def product_topk(
     query_image_QD: Tensor,
     query_text_QD: Tensor,

@@ -9,13 +9,12 @@ Shape letters: `Q` queries of a tile, `B` base rows of a tile, `N` base pairs, `
 entries.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kernels.rows.precision import bfloat16_units
 from kernels.topk.survivors import GroupLookup, Survivors, best_of_rows, exact_similarity
 
 QUERY_TILE = 1024
@@ -161,7 +160,8 @@ class TileSearch:
         image[rows_S[near_S], columns_S[near_S]] = EXCLUDED
 
     def _raise_threshold(self, image: Tensor, text: Tensor, errors: list[Tensor], work: Tensor) -> None:
-        """The first tile has no k-th best yet: the k-th of maxima of lower bounds, each over other entries, is below it."""
+        """The first tile has no k-th best yet: the k-th of maxima of lower bounds, each over other entries, is below
+        it."""
         stride = image.shape[1] // MAXIMUM_OF
         if stride < self.problem.k:
             return
@@ -238,14 +238,3 @@ def row_norms(rows_ND: Tensor, tile: int) -> tuple[Tensor, Tensor]:
         row = int((~norm_N.isfinite()).nonzero()[0])
         raise ValueError(f"features must be finite, but row {row} holds NaN or infinity: leave such pairs out")
     return norm_N, residual_N
-
-
-@contextmanager
-def bfloat16_units() -> Iterator[None]:
-    """Lets float32 products use bfloat16 units, for operands that bfloat16 holds exactly; restored on leaving."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
