@@ -32,20 +32,39 @@ def test_every_stage_reads_what_the_one_before_wrote(tmp_path):
     store, run, refined = tmp_path / "store", tmp_path / "runs" / "base", tmp_path / "runs" / "refined"
     embeddings, pairs = tmp_path / "embeddings", tmp_path / "pairs"
 
-    program(*python("-m", "train.ingest", "--shards", f"{tmp_path}/shards/*.tar", "--out", str(store), "--workers", "2"))
+    program(
+        *python("-m", "train.ingest", "--shards", f"{tmp_path}/shards/*.tar", "--out", str(store), "--workers", "2")
+    )
     program(*deepspeed(2, "train/main.py", "pocket-pretrain", *training_flags(store, run, max_steps=5)))
     places = ("--checkpoint", str(run), "--store", str(store), "--out", str(embeddings), "--device", "cpu")
     program(*python("-m", "train.embed", *places))
     program(*python("-m", "mining.main", "search", "--embeddings", str(embeddings), "--out", str(pairs), "--k", "8"))
     gallery = tmp_path / "gallery.html"
-    program(*python("-m", "mining.main", "gallery", "--pairs", str(pairs), "--store", str(store), "--out", str(gallery)))
-    refine = training_flags(store, refined, max_steps=3, data__pairs=pairs, model__pretrained=run, loss__margin_weight=1.0)
+    program(
+        *python("-m", "mining.main", "gallery", "--pairs", str(pairs), "--store", str(store), "--out", str(gallery))
+    )
+    refine = training_flags(
+        store, refined, max_steps=3, batch_size=18, data__pairs=pairs, model__pretrained=run, loss__margin_weight=1.0
+    )
     program(*deepspeed(2, "train/main.py", "pocket-refine", *refine))
     for path in (run, refined):
-        program(*python("-m", "train.evaluate", "--checkpoint", str(path), "--suite", str(tmp_path / "suite.json"), "--device", "cpu"))
+        program(
+            *python(
+                "-m",
+                "train.evaluate",
+                "--checkpoint",
+                str(path),
+                "--suite",
+                str(tmp_path / "suite.json"),
+                "--device",
+                "cpu",
+            )
+        )
     report = tmp_path / "report.html"
     runs = (str(run), str(refined))
-    done = program(*python("-m", "train.report", *runs, "--pairs", str(pairs), "--store", str(store), "--out", str(report)))
+    done = program(
+        *python("-m", "train.report", *runs, "--pairs", str(pairs), "--store", str(store), "--out", str(report))
+    )
 
     ledger = PairStore.open(store)
     table, rows = PairTable.open(pairs), EmbeddingStore.open(embeddings)
@@ -68,7 +87,9 @@ def test_every_stage_reads_what_the_one_before_wrote(tmp_path):
     config = json.loads((refined / "config.json").read_text(encoding="utf-8"))
     assert config["store_fingerprint"] == ledger.fingerprint
     assert config["pairs_fingerprint"] == table.fingerprint
-    assert [json.loads(line)["margin"] > 0 for line in (refined / "metrics.jsonl").read_text().splitlines()] == [True] * 3
+    assert [json.loads(line)["margin"] > 0 for line in (refined / "metrics.jsonl").read_text().splitlines()] == [
+        True
+    ] * 3
     for path in (run, refined):
         metrics = json.loads((path / "evaluations" / "shapes.json").read_text(encoding="utf-8"))["metrics"]
         assert metrics["zeroshot/shape/top1"]["count"] == 12

@@ -114,6 +114,12 @@ def test_epochs_follow_each_other_without_repeating_an_order(world):
     assert not torch.equal(first, second)
 
 
+def test_samples_seen_counts_what_the_batches_hold(world):
+    dataset = dataset_of(world, hard_per_anchor=3)
+    steps = dataset.steps_per_epoch + 3
+    assert dataset.samples_seen(steps) == sum(len(dataset[step].pair_ids_B) for step in range(steps))
+
+
 def test_a_pair_table_of_another_store_is_refused(world, tmp_path):
     other = tiny_store(tmp_path, num_hues=8)
     tiny_table(tmp_path / "pairs", other)

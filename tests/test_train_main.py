@@ -89,7 +89,13 @@ def test_one_deepspeed_rank_trains_like_plain_pytorch(world, fp32_config, tmp_pa
 def test_two_ranks_resume_to_the_same_losses_and_weights(world, tmp_path):
     def flags(name: str, **more: object) -> list[str]:
         return training_flags(
-            world / "store", tmp_path / name, data__pairs=world / "pairs", save_every_steps=4, max_steps=8, **more
+            world / "store",
+            tmp_path / name,
+            data__pairs=world / "pairs",
+            batch_size=18,
+            save_every_steps=4,
+            max_steps=8,
+            **more,
         )
 
     program(*deepspeed(2, "train/main.py", "pocket-refine", *flags("whole")))
@@ -219,7 +225,7 @@ def test_more_accelerators_than_there_are_is_named(world, tmp_path):
 def test_a_mistake_under_the_launcher_is_said_once_and_ends_the_job(world, tmp_path):
     other = tmp_path / "other"
     tiny_table(other / "pairs", tiny_store(other, num_hues=6))
-    flags = training_flags(world / "store", tmp_path / "run", data__pairs=other / "pairs")
+    flags = training_flags(world / "store", tmp_path / "run", data__pairs=other / "pairs", batch_size=18)
     done = program(*deepspeed(2, "train/main.py", "pocket-refine", *flags), check=False)
     assert "mined from a store with fingerprint" in error_line(done)
 

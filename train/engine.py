@@ -194,24 +194,19 @@ class Engine:
         from deepspeed.utils import safe_get_full_fp32_param
 
         clip = self.engine.module.clip
-        state = {}
-        for name, parameter in clip.named_parameters():
-            master = safe_get_full_fp32_param(parameter) if self.stage and parameter.requires_grad else None
-            if master is None:
+        parameters = dict(clip.named_parameters())
+        # Buffers that are not saved (an attention mask) are not in the state dict; parameters of other ranks are empty there.
+        state = {name: tensor for name, tensor in clip.state_dict().items() if name not in parameters}
+        for name, parameter in parameters.items():
+            # A frozen parameter has no master, and at ZeRO-0 the parameter is the master.
+            if self.stage and parameter.requires_grad:
+                state[name] = safe_get_full_fp32_param(parameter)
+            else:
                 with zero.GatheredParameters([parameter], enabled=self.stage == 3):
-                    master = parameter.detach().clone()
-            if self.rank == 0:
-                state[name] = (
-                    master.detach().reshape(parameter.ds_shape if self.stage == 3 else parameter.shape).cpu().clone()
-                )
+                    state[name] = parameter.detach().clone()
         if self.rank != 0:
             return None
-        buffers = {
-            name: buffer
-            for name, buffer in clip.state_dict().items()
-            if name not in state and name in dict(clip.named_buffers())
-        }
-        return {**state, **{name: buffer.detach().cpu().clone() for name, buffer in buffers.items()}}
+        return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
     def save(self, folder: Path) -> None:
         """Write this rank's shard of weights and optimizer states below `folder`."""

@@ -77,8 +77,19 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
             )
         clock.step_done(batch.global_batch_size)
         if done % config.log_every_steps == 0 or done == num_steps:
-            position = {"step": done, "epoch": done / dataset.steps_per_epoch, "learning_rate": rate}
-            log.write({**position, **measurements(output, scale, engine, batch, config), **clock.take()})
+            position = {
+                "step": done,
+                "epoch": done / dataset.steps_per_epoch,
+                "samples_seen": dataset.samples_seen(done),
+            }
+            log.write(
+                {
+                    **position,
+                    "learning_rate": rate,
+                    **measurements(output, scale, engine, batch, config),
+                    **clock.take(),
+                }
+            )
         if done % config.save_every_steps == 0 or done == num_steps:
             with clock.paused():
                 save_checkpoint(

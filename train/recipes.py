@@ -20,21 +20,21 @@ def pocket_pretrain() -> dict[str, Any]:
         augment=POCKET_AUGMENT,
         optim=POCKET_OPTIM,
         batch_size=128,
-        epochs=12,
+        epochs=8,
         threads=1,
         save_every_steps=200,
     )
 
 
 def pocket_refine() -> dict[str, Any]:
-    """HELIP on the pocket model: every anchor with 3 of its 16 hardest pairs, and the margin loss."""
+    """HELIP on the pocket model: every anchor with 2 of its 16 hardest pairs, and the margin loss."""
     return dict(
         model=ModelConfig(name="pocket-rn"),
-        data=DataConfig(workers=0, hard_per_anchor=3, num_candidates=16),
+        data=DataConfig(workers=0, hard_per_anchor=2, num_candidates=16),
         augment=POCKET_AUGMENT,
         loss=LossConfig(margin_weight=30.0),
         optim=OptimConfig(lr=5e-4, wd=0.1, warmup=30),
-        batch_size=128,
+        batch_size=129,
         epochs=1,
         threads=1,
         save_every_steps=100,
@@ -44,7 +44,7 @@ def pocket_refine() -> dict[str, Any]:
 def pocket_control() -> dict[str, Any]:
     """The refinement's compute-matched control: same anchors and steps, random partners, no margin loss."""
     recipe = pocket_refine()
-    return {**recipe, "data": DataConfig(workers=0, hard_per_anchor=3, partners="random"), "loss": LossConfig()}
+    return {**recipe, "data": DataConfig(workers=0, hard_per_anchor=2, partners="random"), "loss": LossConfig()}
 
 
 def cc12m_pretrain() -> dict[str, Any]:

@@ -93,6 +93,12 @@ class StepDataset(Dataset[RankBatch]):
             int(batch.is_substitute_AP.sum()),
         )
 
+    def samples_seen(self, num_steps: int) -> int:
+        """Pairs presented in the first `num_steps` steps of the run, hard pairs included, all ranks."""
+        epochs, steps = divmod(num_steps, self.steps_per_epoch)
+        anchors = epochs * self.plan.borders_S[-1] + self.plan.borders_S[steps]
+        return int(anchors) * (1 + self.config.hard_per_anchor)
+
     def _load(self, step: int, pair_id: int) -> tuple[torch.Tensor, str]:
         sample = self.store[pair_id]
         seed = draw_seed(self.seed, step, pair_id)
