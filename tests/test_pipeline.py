@@ -20,7 +20,7 @@ def write_suite(folder) -> None:
         "name": "shapes",
         "data": "test",
         "format": "imagefolder",
-        "tasks": [{"kind": "zeroshot", "name": "shape", "class_key": "label", "templates": ["{}", "{} of hue 3"]}],
+        "tasks": [{"kind": "zeroshot", "name": "shape", "class_key": "cls", "templates": ["{}", "{} of hue 3"]}],
     }
     (folder / "suite.json").write_text(json.dumps(suite), encoding="utf-8")
 
