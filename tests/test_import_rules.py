@@ -97,4 +97,4 @@ def test_kernels_import_without_deepspeed_faiss_and_streaming():
         "heavy = {'deepspeed', 'faiss', 'streaming', 'webdataset', 'open_clip', 'mining', 'train'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -20,6 +20,7 @@ from mining.command_line import parse, run
 from mining.manifest import write_json_atomically
 
 PROGRAM = "train.pocket.quickstart"
+ON_CPU = "--device cpu"
 # The launcher's log lines and warnings about its own internals, which tell a newcomer nothing.
 NARRATION = re.compile(
     rb"^\[\d{4}-\d\d-\d\d [\d:,]+\] \[(INFO|WARNING)\]|FutureWarning|UserWarning|^  (return func|warnings\.warn)\(|"
@@ -46,123 +47,51 @@ class Stage:
 
 
 def stages(config: QuickstartConfig) -> list[Stage]:
-    """Every step of DESIGN's pipeline in order."""
-    out = config.out
-    data, store = f"{out}/data", f"{out}/store"
-    python = (sys.executable, "-m")
-    deepspeed = (
-        str(Path(sys.executable).parent / "deepspeed"),
-        *("--num_accelerators", str(config.ranks), "--master_port", str(free_port())),
-    )
-
-    def train(recipe: str, name: str, *flags: str) -> Stage:
-        common = (
-            "--ds_config",
-            "ds_configs/cpu.json",
-            "--device",
-            "cpu",
-            "--data.store",
-            store,
-            "--out",
-            f"{out}/runs/{name}",
-        )
-        short = ("--max_steps", "30" if name == "pretrain" else "10", "--log_every_steps", "5") if config.short else ()
-        return Stage(name, (*deepspeed, "train/main.py", recipe, *common, *flags, *short))
-
-    pretrained = ("--model.pretrained", f"{out}/runs/pretrain", "--data.pairs", f"{out}/pairs")
-    runs = [f"{out}/runs/{name}" for name in ("pretrain", "control", "refine")]
+    """Every step of the pipeline in order: make the data, train, mine, refine beside a control, evaluate, report."""
+    data, store = f"{config.out}/data", f"{config.out}/store"
+    pairs, embeddings = f"{config.out}/pairs", f"{config.out}/embeddings"
+    base, *_ = runs = [f"{config.out}/runs/{name}" for name in ("pretrain", "control", "refine")]
+    mined = f"--model.pretrained {base} --data.pairs {pairs}"
     return [
-        Stage("data", (*python, "train.pocket.data", "--out", data, "--short" if config.short else "--no-skin-tones")),
-        Stage(
-            "ingest",
-            (
-                *python,
-                "train.ingest",
-                "--shards",
-                f"{data}/train/*.tar",
-                "--out",
-                store,
-                "--workers",
-                str(config.ranks),
-            ),
-        ),
-        train("pocket-pretrain", "pretrain"),
-        Stage(
+        python("data", f"train.pocket.data --out {data} {'--short' if config.short else '--no-skin-tones'}"),
+        python("ingest", f"train.ingest --shards {data}/train/*.tar --out {store} --workers {config.ranks}"),
+        training(config, "pretrain", short_steps=30),
+        deepspeed(
+            config,
             "embed",
-            (
-                *deepspeed,
-                "--module",
-                "train.embed",
-                "--checkpoint",
-                runs[0],
-                "--store",
-                store,
-                "--out",
-                f"{out}/embeddings",
-            )
-            + ("--device", "cpu", "--threads", "1"),
+            f"--module train.embed --checkpoint {base} --store {store} --out {embeddings} {ON_CPU} --threads 1",
         ),
-        Stage(
-            "mine",
-            (
-                *python,
-                "mining.main",
-                "search",
-                "--embeddings",
-                f"{out}/embeddings",
-                "--out",
-                f"{out}/pairs",
-                "--k",
-                "50",
-            ),
-        ),
-        Stage(
-            "gallery",
-            (
-                *python,
-                "mining.main",
-                "gallery",
-                "--pairs",
-                f"{out}/pairs",
-                "--store",
-                store,
-                "--out",
-                f"{out}/gallery.html",
-            ),
-        ),
-        train("pocket-control", "control", *pretrained),
-        train("pocket-refine", "refine", *pretrained),
+        python("mine", f"mining.main search --embeddings {embeddings} --out {pairs} --k 50"),
+        python("gallery", f"mining.main gallery --pairs {pairs} --store {store} --out {config.out}/gallery.html"),
+        training(config, "control", mined),
+        training(config, "refine", mined),
         *(
-            Stage(
-                f"evaluate-{Path(path).name}",
-                (
-                    *python,
-                    "train.evaluate",
-                    "--checkpoint",
-                    path,
-                    "--suite",
-                    f"{data}/suite_noto.json",
-                    "--device",
-                    "cpu",
-                ),
+            python(
+                f"evaluate-{Path(run).name}",
+                f"train.evaluate --checkpoint {run} --suite {data}/suite_noto.json {ON_CPU}",
             )
-            for path in runs
+            for run in runs
         ),
-        Stage(
-            "report",
-            (
-                *python,
-                "train.report",
-                *runs,
-                "--pairs",
-                f"{out}/pairs",
-                "--store",
-                store,
-                "--out",
-                f"{out}/report.html",
-            ),
+        python(
+            "report", f"train.report {' '.join(runs)} --pairs {pairs} --store {store} --out {config.out}/report.html"
         ),
     ]
+
+
+def training(config: QuickstartConfig, name: str, flags: str = "", short_steps: int = 10) -> Stage:
+    short = f"--max_steps {short_steps} --log_every_steps 5" if config.short else ""
+    places = f"--ds_config ds_configs/cpu.json {ON_CPU} --data.store {config.out}/store --out {config.out}/runs/{name}"
+    return deepspeed(config, name, f"train/main.py pocket-{name} {places} {flags} {short}")
+
+
+def python(name: str, words: str) -> Stage:
+    return Stage(name, (sys.executable, "-m", *words.split()))
+
+
+def deepspeed(config: QuickstartConfig, name: str, words: str) -> Stage:
+    launcher = str(Path(sys.executable).parent / "deepspeed")
+    ranks = ("--num_accelerators", str(config.ranks), "--master_port", str(free_port()))
+    return Stage(name, (launcher, *ranks, *words.split()))
 
 
 def free_port() -> int:
@@ -172,6 +101,10 @@ def free_port() -> int:
 
 
 def run_stages(config: QuickstartConfig) -> None:
+    if config.out.split() != [config.out]:
+        raise ValueError(
+            f"out={config.out!r} must be a folder name without spaces: the commands below are meant to be copied"
+        )
     out = Path(config.out)
     (out / "logs").mkdir(parents=True, exist_ok=True)
     marks = Marks(out / "stages.json")
