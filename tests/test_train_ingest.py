@@ -300,7 +300,14 @@ def test_help_and_interrupt_as_a_user_meets_them(shards, tmp_path):
         "--out",
         str(tmp_path / "s"),
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # A shell that runs the tests in its background has them ignore SIGINT, and children inherit that.
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     wait_until(lambda: list((tmp_path / "s").glob("shards/.*spool")), 120)
     os.killpg(process.pid, signal.SIGINT)
     errors = process.communicate(timeout=30)[1]
