@@ -55,7 +55,7 @@ def stages(config: QuickstartConfig) -> list[Stage]:
     return [
         python("data", f"train.pocket.data --out {data} {'--short' if config.short else '--no-skin-tones'}"),
         python("ingest", f"train.ingest --shards {data}/train/*.tar --out {store} --workers {config.ranks}"),
-        training(config, "pretrain", short_steps=30),
+        training(config, "pretrain", short_steps=16),
         deepspeed(
             config,
             "embed",
@@ -78,8 +78,8 @@ def stages(config: QuickstartConfig) -> list[Stage]:
     ]
 
 
-def training(config: QuickstartConfig, name: str, flags: str = "", short_steps: int = 10) -> Stage:
-    short = f"--max_steps {short_steps} --log_every_steps 5" if config.short else ""
+def training(config: QuickstartConfig, name: str, flags: str = "", short_steps: int = 4) -> Stage:
+    short = f"--max_steps {short_steps} --log_every_steps 2" if config.short else ""
     places = f"--ds_config ds_configs/cpu.json {ON_CPU} --data.store {config.out}/store --out {config.out}/runs/{name}"
     return deepspeed(config, name, f"train/main.py pocket-{name} {places} {flags} {short}")
 
