@@ -70,7 +70,8 @@ def stages(config: QuickstartConfig) -> list[Stage]:
                 f"evaluate-{Path(run).name}",
                 f"train.evaluate --checkpoint {run} --suite {data}/suite_noto.json {ON_CPU}",
             )
-            for run in runs
+            # Three minutes have no room for the base as well; the report says that it was not evaluated.
+            for run in (runs[1:] if config.short else runs)
         ),
         python(
             "report", f"train.report {' '.join(runs)} --pairs {pairs} --store {store} --out {config.out}/report.html"
