@@ -392,7 +392,7 @@ def test_peak_memory_grows_with_rows_not_their_square():
         ({"margin_direction": "up"}, "margin_direction='up' must be one of image_to_text"),
         ({"label_smoothing": 1.0}, "label_smoothing=1.0 must be at least 0 and below 1"),
         ({"backend": "cuda"}, "backend='cuda' must be one of auto, reference, blockwise, triton"),
-        ({"backend": "triton"}, "backend='triton' is not available in this build"),
+        ({"backend": "triton"}, "(?i)triton.*(TRITON_INTERPRET|GPU)"),
         ({"image_BD": torch.zeros(16)}, "matrices of one shape"),
         ({"text_BD": torch.zeros(15, 4)}, r"not \[16, 4\] and \[15, 4\]"),
         ({"image_BD": torch.zeros(16, 0), "text_BD": torch.zeros(16, 0)}, "D >= 1"),

@@ -1,14 +1,14 @@
 """Symmetric InfoNCE over all ranks' rows with the hard-negative margin loss (HNML): checks, choice of backend, call."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kernels.contrastive import function
 from kernels.contrastive.state import Options
-from kernels.rows.checks import check_towers, choose_backend
+from kernels.rows.checks import check_gradient_operand, check_towers, choose_backend
 from kernels.rows.function import exchange_layout
 
 MARGIN_SPACES = ("cosine", "logits")
@@ -58,6 +58,7 @@ def contrastive_loss(
     label_smoothing: float = 0.0,
     process_group: "torch.distributed.ProcessGroup | None" = None,
     backend: str = "auto",
+    gradient_operand: str = "precise",
 ) -> ContrastiveOutput:
     """Symmetric InfoNCE plus HNML over the rows of all ranks, without the B x G matrix of logits (except `reference`).
 
@@ -72,7 +73,9 @@ def contrastive_loss(
     label_smoothing: in [0, 1), over all G columns, as torch.nn.functional.cross_entropy.
     process_group: a torch.distributed group: the loss covers all its ranks' rows. None: this process alone.
     backend: "blockwise" (tiled torch, any device), "reference" (the definition; forms the whole matrix), "triton", or
-        "auto", which logs its choice once.
+        "auto", which takes Triton on GPUs and blockwise elsewhere, and logs its choice once.
+    gradient_operand: how Triton multiplies a tile of gradients by 16-bit features: "precise" (two bfloat16 parts, error
+        below 5e-6) or "fast" (one, below 2e-3). The other backends are always precise.
 
     Gradients follow open_clip's ClipLoss(local_loss=True, gather_with_grad=True): a rank's feature gradients are world
     size times the gradient of the global mean, and the mean over ranks of the logit_scale gradients is exact, so an
@@ -83,11 +86,15 @@ def contrastive_loss(
     Raises ValueError or TypeError for a wrong shape, dtype, device, group layout or setting.
     Sources: CLIP (Radford et al. 2021) figure 3; HELIP (arXiv 2305.05208) equation 6 for the margin.
     """
-    options = _checked_options(hard_per_anchor, margin_weight, margin_space, margin_direction, label_smoothing)
     check_towers(image_BD, text_BD, logit_scale=logit_scale)
-    chosen = choose_backend("contrastive_loss", backend, image_BD.device.type)
+    check_gradient_operand(gradient_operand)
+    options = replace(
+        _checked_options(hard_per_anchor, margin_weight, margin_space, margin_direction, label_smoothing),
+        backend=choose_backend("contrastive_loss", backend, image_BD.device.type),
+        gradient_operand=gradient_operand,
+    )
     layout = exchange_layout(image_BD, options.group_rows, process_group)
-    if chosen == "reference":
+    if options.backend == "reference":
         return ContrastiveOutput(*function.reference_terms(image_BD, text_BD, logit_scale, options, layout))
     return ContrastiveOutput(*function.ContrastiveFunction.apply(image_BD, text_BD, logit_scale, options, layout))
 
@@ -104,6 +111,7 @@ def contrastive_gradients(
     label_smoothing: float = 0.0,
     process_group: "torch.distributed.ProcessGroup | None" = None,
     backend: str = "auto",
+    gradient_operand: str = "precise",
 ) -> ContrastiveGradients:
     """Terms and gradients of `contrastive_loss` in one call, without autograd: for steps that cache features.
 
@@ -111,11 +119,15 @@ def contrastive_gradients(
     features.
     Collective: every rank of the group calls.
     """
-    options = _checked_options(hard_per_anchor, margin_weight, margin_space, margin_direction, label_smoothing)
     check_towers(image_BD, text_BD, logit_scale=logit_scale)
-    chosen = choose_backend("contrastive_loss", backend, image_BD.device.type)
+    check_gradient_operand(gradient_operand)
+    options = replace(
+        _checked_options(hard_per_anchor, margin_weight, margin_space, margin_direction, label_smoothing),
+        backend=choose_backend("contrastive_loss", backend, image_BD.device.type),
+        gradient_operand=gradient_operand,
+    )
     layout = exchange_layout(image_BD, options.group_rows, process_group)
-    compute = function.reference_gradients if chosen == "reference" else function.blockwise_gradients
+    compute = function.reference_gradients if options.backend == "reference" else function.blockwise_gradients
     terms, gradients = compute(image_BD.detach(), text_BD.detach(), logit_scale.detach(), options, layout)
     return ContrastiveGradients(ContrastiveOutput(*terms), *gradients)
 

@@ -32,7 +32,7 @@ def forward(
     group, own_anchors = options.group_rows, anchors_of(layout.own, options)
     image_threshold_AG, image_hard_row_A = _thresholds(image_BD, text_BD, options, layout, "image_to_text")
     text_threshold_AG, text_hard_row_A = _thresholds(text_BD, image_BD, options, layout, "text_to_image")
-    stats = blockwise.forward_sweep(
+    stats = options.sweeps.forward_sweep(
         image_BD,
         text_GD,
         scale=scale,

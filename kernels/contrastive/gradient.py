@@ -104,7 +104,7 @@ def _sweep(
     own_anchors = anchors_of(layout.own, options)
     # Without weight the margin is only reported, and needs no pass over the tiles here.
     thresholds = (part_of(x.threshold_AG, own_anchors), y.threshold_AG) if hinge_weight > 0 else (None, None)
-    return blockwise.gradient_sweep(
+    return options.sweeps.gradient_sweep(
         x.own_BD,
         y.all_GD,
         scale=state.scale,
@@ -119,6 +119,7 @@ def _sweep(
         cosine_origin=state.mean_positive_cosine,
         row_tile=options.row_tile,
         column_tile=options.column_tile,
+        **options.gradient_settings,
     )
 
 

@@ -4,6 +4,7 @@ Shape letters: `B` rows of this rank, `G` rows of all ranks, `A` anchors of this
 """
 
 from dataclasses import dataclass
+from types import ModuleType
 
 from torch import Tensor
 
@@ -20,8 +21,25 @@ class Options:
     margin_space: str = "cosine"
     margin_direction: str = "both"
     label_smoothing: float = 0.0
+    backend: str = "blockwise"
+    gradient_operand: str = "precise"
     row_tile: int = blockwise.ROW_TILE
     column_tile: int = blockwise.COLUMN_TILE
+
+    @property
+    def sweeps(self) -> ModuleType:
+        """The module whose forward_sweep and gradient_sweep do the work."""
+        if self.backend == "triton":
+            # Only who asks for Triton loads it.
+            from kernels.contrastive import kernel
+
+            return kernel
+        return blockwise
+
+    @property
+    def gradient_settings(self) -> dict[str, str]:
+        """What only Triton's gradient sweep takes: the tiled one is always precise."""
+        return {"gradient_operand": self.gradient_operand} if self.backend == "triton" else {}
 
     @property
     def group_rows(self) -> int:

@@ -1,8 +1,10 @@
 """What every operation refuses, and the choice of a backend."""
 
 import functools
+import importlib.util
 import logging
 
+import torch
 from torch import Tensor
 
 from kernels.rows.function import FEATURE_DTYPES
@@ -10,6 +12,7 @@ from kernels.rows.function import FEATURE_DTYPES
 logger = logging.getLogger("kernels")
 
 BACKENDS = ("auto", "reference", "blockwise", "triton")
+GRADIENT_OPERANDS = ("precise", "fast")
 
 
 def check_towers(image_BD: Tensor, text_BD: Tensor, **scalars: Tensor) -> None:
@@ -48,16 +51,27 @@ def positive_scale(logit_scale: Tensor) -> float:
 
 
 def choose_backend(operation: str, backend: str, device_type: str) -> str:
-    """ "reference" or "blockwise"; ValueError for an unknown one, or one that is asked for and cannot run."""
+    """ "reference", "blockwise" or "triton"; ValueError for an unknown one, or one that is asked for and cannot run."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
     if backend == "triton":
-        raise ValueError("backend='triton' is not available in this build: use 'auto' or 'blockwise'")
+        # Only who asks for Triton loads it.
+        from kernels.launch import require_triton
+
+        require_triton(operation, torch.device(device_type))
     return automatic_backend(operation, device_type) if backend == "auto" else backend
 
 
 @functools.cache
 def automatic_backend(operation: str, device_type: str) -> str:
-    """Cached, so that the choice is logged once for an operation and a kind of device."""
-    logger.info("%s on %s: backend 'auto' takes 'blockwise'", operation, device_type)
-    return "blockwise"
+    """Triton on GPUs that it knows, else blockwise. Cached, so that the choice is logged once for an operation and a
+    kind of device."""
+    has_triton = importlib.util.find_spec("triton") is not None
+    chosen = "triton" if device_type == "cuda" and has_triton else "blockwise"
+    logger.info("%s on %s: backend 'auto' takes %r", operation, device_type, chosen)
+    return chosen
+
+
+def check_gradient_operand(gradient_operand: str) -> None:
+    if gradient_operand not in GRADIENT_OPERANDS:
+        raise ValueError(f"gradient_operand={gradient_operand!r} must be one of {', '.join(GRADIENT_OPERANDS)}")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.rows.checks import check_towers, choose_backend
+from kernels.rows.checks import check_gradient_operand, check_towers, choose_backend
 from kernels.rows.function import exchange_layout
 from kernels.sigmoid import function
 
@@ -46,6 +46,7 @@ def sigmoid_contrastive_loss(
     *,
     process_group: "torch.distributed.ProcessGroup | None" = None,
     backend: str = "auto",
+    gradient_operand: str = "precise",
 ) -> SigmoidOutput:
     """Sigmoid loss over all pairs of the rows of all ranks, memory O(B + G) and a tile (except `reference`).
 
@@ -55,15 +56,17 @@ def sigmoid_contrastive_loss(
     ranks, be 0.
     logit_scale: 0-d or [1], positive, already exponentiated. logit_bias: 0-d or [1].
 
-    Gradient conventions, `process_group`, `backend` and errors are those of `contrastive_loss`; they equal open_clip's
+    Gradient conventions, `process_group`, `backend`, `gradient_operand` and errors are those of `contrastive_loss`; they equal open_clip's
     SigLipLoss under an engine that averages over ranks. Collective: every rank of the group calls.
     Source: Sigmoid loss for language image pre-training (Zhai et al. 2023), equation 1.
     """
     check_towers(image_BD, text_BD, logit_scale=logit_scale, logit_bias=logit_bias)
+    check_gradient_operand(gradient_operand)
     chosen = choose_backend("sigmoid_contrastive_loss", backend, image_BD.device.type)
+    options = function.Options(chosen, gradient_operand)
     layout = exchange_layout(image_BD, 1, process_group)
     apply = function.reference_terms if chosen == "reference" else function.SigmoidFunction.apply
-    return SigmoidOutput(*apply(image_BD, text_BD, logit_scale, logit_bias, layout))
+    return SigmoidOutput(*apply(image_BD, text_BD, logit_scale, logit_bias, options, layout))
 
 
 def sigmoid_contrastive_gradients(
@@ -74,6 +77,7 @@ def sigmoid_contrastive_gradients(
     *,
     process_group: "torch.distributed.ProcessGroup | None" = None,
     backend: str = "auto",
+    gradient_operand: str = "precise",
 ) -> SigmoidGradients:
     """Terms and gradients of `sigmoid_contrastive_loss` in one call, without autograd: for steps that cache features.
 
@@ -81,9 +85,11 @@ def sigmoid_contrastive_gradients(
     16-bit features. Collective: every rank of the group calls.
     """
     check_towers(image_BD, text_BD, logit_scale=logit_scale, logit_bias=logit_bias)
+    check_gradient_operand(gradient_operand)
     chosen = choose_backend("sigmoid_contrastive_loss", backend, image_BD.device.type)
+    options = function.Options(chosen, gradient_operand)
     layout = exchange_layout(image_BD, 1, process_group)
     compute = function.reference_gradients if chosen == "reference" else function.blockwise_gradients
     inputs = (image_BD, text_BD, logit_scale, logit_bias)
-    terms, gradients = compute(*(value.detach() for value in inputs), layout)
+    terms, gradients = compute(*(value.detach() for value in inputs), options, layout)
     return SigmoidGradients(SigmoidOutput(*terms), *gradients)
