@@ -1,6 +1,7 @@
 """The import rules of the repository, held by reading every module's syntax tree."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,13 @@ def test_kernels_import_neither_mining_nor_train():
 def test_mining_does_not_import_train_or_models():
     for package in ("train", "deepspeed", "open_clip", "timm", "PIL", "torchvision"):
         assert not importers_of(package) & below("mining"), package
+
+
+def test_only_the_clip_library_imports_open_clip():
+    statements = {path: path.read_text(encoding="utf-8") for path in MODULES}
+    pattern = re.compile(r"^\s*(import|from) open_clip\b", re.MULTILINE)
+    found = {str(path.relative_to(ROOT)) for path, text in statements.items() if pattern.search(text)}
+    assert found == {"train/clip_library.py"}
 
 
 def test_kernels_import_nothing_but_torch_and_triton():

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import subprocess
+import sys
 
 import open_clip
 import pytest
@@ -133,3 +135,31 @@ def test_our_model_configs_are_open_clip_configs():
     open_clip.add_model_config(MODEL_CONFIG_FOLDER)
     for path in MODEL_CONFIG_FOLDER.glob("*.json"):
         assert open_clip.get_model_config(path.stem) == json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_a_hugging_face_text_tower_gets_the_library_that_is_otherwise_left_out(tmp_path, monkeypatch):
+    import transformers
+
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": 64,
+    }
+    bert = tmp_path / "bert"
+    transformers.BertModel(transformers.BertConfig(**sizes)).save_pretrained(bert)
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None}
+    text = {"hf_model_name": str(bert), "hf_proj_type": "linear", "context_length": 8}
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    (configs / "tiny-bert.json").write_text(json.dumps({"embed_dim": 8, "vision_cfg": vision, "text_cfg": text}))
+    monkeypatch.setattr("train.model.MODEL_CONFIG_FOLDER", configs)
+    model, _ = build_model(ModelConfig(name="tiny-bert"))
+    assert type(model.text.transformer).__name__ == "BertModel"
+    assert model.encode_text(torch.ones(2, 8, dtype=torch.int64)).shape == (2, 8)
+
+
+def test_programs_start_without_transformers():
+    code = "import sys, train.loop, train.evaluate.__main__; print([m for m in sys.modules if m.split('.')[0] == 'transformers'])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from open_clip.transform import PreprocessCfg
 
 from mining.manifest import commit_folder, read_manifest, write_manifest
+from train.clip_library import PreprocessCfg
 from train.distributed import Ranks, barrier
 from train.engine import Engine
 from train.model import save_model

@@ -14,14 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
-from open_clip.tokenizer import default_bpe
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mining.manifest import fingerprint, write_json_atomically
+from train.clip_library import PreprocessCfg, import_text_library, open_clip
 from train.config import ModelConfig
 
 MODEL_CONFIG_FOLDER = Path(__file__).parent / "model_configs"
@@ -62,6 +60,7 @@ def architecture(name: str) -> dict[str, Any]:
                 else "; `python -c 'import open_clip; print(open_clip.list_models())'`"
             )
         )
+    import_text_library(config)
     return config
 
 
@@ -116,7 +115,7 @@ def _tokenizer_of(model_config: dict[str, Any], name: str, merges: Path | None =
 
 def _first_merges(vocabulary_size: int) -> bytes:
     """CLIP's merge list cut so that the vocabulary has `vocabulary_size` tokens, gzipped, same bytes every time."""
-    with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
+    with gzip.open(open_clip.tokenizer.default_bpe(), "rt", encoding="utf-8") as file:
         lines = [line for _, line in zip(range(1 + vocabulary_size - NUM_BASE_TOKENS), file, strict=False)]
     return gzip.compress("".join(lines).removesuffix("\n").encode(), mtime=0)
 
@@ -148,7 +147,7 @@ def load_model(checkpoint: str | Path, device: str | torch.device = "cpu") -> Lo
     merges = folder / MERGES_FILE
     return LoadedModel(
         model.eval().requires_grad_(False).to(device),
-        image_transform_v2(preprocess, is_train=False),
+        open_clip.transform.image_transform_v2(preprocess, is_train=False),
         _tokenizer_of(config["model_cfg"], config["hardpair_name"], merges if merges.is_file() else None),
         config["hardpair_name"],
         fingerprint((folder / WEIGHTS_FILE).read_bytes()),
@@ -157,9 +156,10 @@ def load_model(checkpoint: str | Path, device: str | torch.device = "cpu") -> Lo
 
 
 def _read_model(folder: Path) -> tuple[torch.nn.Module, PreprocessCfg]:
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    import_text_library(config["model_cfg"])
     with quiet_root_logger():
         model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, nonscalar_logit_scale=True)
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     state_dict = load_file(folder / WEIGHTS_FILE)
     for scalar in ("logit_scale", "logit_bias"):
         if scalar in state_dict:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import sklearn
 import torch
 
 from mining.manifest import write_json_atomically
+from train.clip_library import open_clip
 from train.evaluate.features import Encoder
 from train.evaluate.measure import Evaluation
 from train.evaluate.suite import Suite

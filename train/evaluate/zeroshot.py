@@ -4,9 +4,9 @@ Legend: N pictures, V candidate classes, S groups of `within`.
 """
 
 import torch
-from open_clip import build_zero_shot_classifier
 from torch import Tensor
 
+from train.clip_library import open_clip
 from train.evaluate.data import CLASS_NAMES_FILE
 from train.evaluate.features import EncodedSet, Encoder, checked, inference, progress_bar
 from train.evaluate.ranking import Measurement, class_means, has_unequal_classes, hit_rate, ranks_in_blocks
@@ -68,7 +68,7 @@ def class_features(encoder: Encoder, task: ZeroShot, classes: list[str], rows: C
     with progress_bar(title, len(missing), "class") as progress, inference(encoder.device):
         for start in range(0, len(missing), chunk):
             names = missing[start : start + chunk]
-            weights_DV = build_zero_shot_classifier(
+            weights_DV = open_clip.build_zero_shot_classifier(
                 encoder.loaded.model, encoder.loaded.tokenizer, names, templates, None, encoder.device
             )
             rows.update(
