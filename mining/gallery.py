@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from mining.duplicates import CAUSES
 from mining.gallery_page import gallery_html
@@ -143,7 +144,7 @@ def gallery_sections(
     table: PairTable, pictures: MdsPictures, num_anchors: int, pairs_per_anchor: int, seed: int
 ) -> list[Section]:
     """What the gallery shows, sections without anchors left out; the same for the same seed."""
-    chosen = [
+    candidates = [
         ("Hardest", "Anchors whose best hard pair scores highest.", hardest(table, num_anchors)),
         ("At random", f"Anchors drawn at random (seed {seed}).", at_random(table, num_anchors, seed)),
         ("Most duplicates", "Anchors with the most pairs left out as duplicates.", most_excluded(table, num_anchors)),
@@ -153,11 +154,15 @@ def gallery_sections(
             np.flatnonzero(table.noise_N)[:num_anchors],
         ),
     ]
-    return [
-        Section(title, note, [read_anchor(table, pictures, int(pair_id), pairs_per_anchor) for pair_id in ids])
-        for title, note, ids in chosen
-        if len(ids)
-    ]
+    chosen = [(title, note, ids) for title, note, ids in candidates if len(ids)]
+    with tqdm(desc="mined pairs", total=sum(len(ids) for *_, ids in chosen), unit="anchor", dynamic_ncols=True) as bar:
+
+        def read(pair_id: int) -> Anchor:
+            anchor = read_anchor(table, pictures, pair_id, pairs_per_anchor)
+            bar.update()
+            return anchor
+
+        return [Section(title, note, [read(int(pair_id)) for pair_id in ids]) for title, note, ids in chosen]
 
 
 def hardest(table: PairTable, count: int) -> np.ndarray:
