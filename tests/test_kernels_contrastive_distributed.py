@@ -136,7 +136,8 @@ def test_forward_sends_features_once_and_backward_sends_nothing(counts, dtype):
     total = sum(counts)
     for sent in run_on_ranks(count_bytes_on_rank, 3, counts, dtype):
         assert sent["features"] == 2 * total * 10 * dtype.itemsize, "each row of each tower exactly once"
-        header, sums = 3 * 3 * 8, 4 * 8
+        # Of each rank: rows, D, dtype, scale, and the five settings that must agree.
+        header, sums = 3 * 9 * 8, 4 * 8
         thresholds, columns, rows = 2 * (total // 3) * 4, (total + total + 2 * (total // 3)) * 8, total * 2 * 8
         assert sent["forward"] == header + thresholds + columns + rows + sums
         assert sent["backward"] == 0
@@ -175,7 +176,11 @@ def test_every_rank_raises_when_one_rank_is_wrong():
     first, second = run_on_ranks(errors_on_rank, 2, cases)
     assert first[0] == "hard_per_anchor=2 needs rows in groups of 3, but rank 1 has 16"
     assert second[0] == "hard_per_anchor=2 needs rows in groups of 3, but this rank has 16"
-    assert all("one width and dtype" in messages[1] for messages in (first, second))
+    assert (
+        first[1]
+        == second[1]
+        == "D must be the same on all ranks, but rank 1 differs from rank 0: 4 on rank 0, 5 on rank 1"
+    )
     assert all("at least one row" in messages[2] for messages in (first, second))
 
 

@@ -1,13 +1,16 @@
 """The sigmoid loss against its definition, open_clip's SigLipLoss and float64, on one process and over ranks."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+import kernels.sigmoid
 from kernels import sigmoid_contrastive_gradients, sigmoid_contrastive_loss
 from kernels.bench.peers import open_clip_loss
-from kernels.sigmoid import blockwise
+from kernels.sigmoid.function import Options
 from tests.ranks import run_on_ranks
 
 
@@ -37,8 +40,8 @@ def test_loss_and_gradients_equal_open_clip_on_one_process(backend):
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3), (63, 123), (257, 16)])
 @pytest.mark.parametrize("tiles", [(512, 2048), (7, 32), (64, 5)])
 def test_blockwise_equals_reference_whatever_the_tiles(shape, tiles, monkeypatch):
-    monkeypatch.setattr(blockwise, "ROW_TILE", tiles[0])
-    monkeypatch.setattr(blockwise, "COLUMN_TILE", tiles[1])
+    options = partial(Options, row_tile=tiles[0], column_tile=tiles[1])
+    monkeypatch.setattr(kernels.sigmoid, "Options", options)
     leaves = leaves_of(*shape)
     for value, wanted in zip(gradients_of(leaves), gradients_of(leaves, backend="reference"), strict=True):
         torch.testing.assert_close(value, wanted, rtol=1e-10, atol=1e-13)

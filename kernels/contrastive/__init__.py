@@ -1,15 +1,14 @@
 """Symmetric InfoNCE over all ranks' rows with the hard-negative margin loss (HNML): checks, choice of backend, call."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kernels.contrastive import function
+from kernels.contrastive.function import OPERATIONS
 from kernels.contrastive.state import Options
-from kernels.rows.checks import check_gradient_operand, check_towers, choose_backend
-from kernels.rows.function import exchange_layout
+from kernels.rows.checks import check_backend, check_towers
 
 MARGIN_SPACES = ("cosine", "logits")
 MARGIN_DIRECTIONS = ("image_to_text", "text_to_image", "both")
@@ -86,17 +85,11 @@ def contrastive_loss(
     Raises ValueError or TypeError for a wrong shape, dtype, device, group layout or setting.
     Sources: CLIP (Radford et al. 2021) figure 3; HELIP (arXiv 2305.05208) equation 6 for the margin.
     """
-    check_towers(image_BD, text_BD, logit_scale=logit_scale)
-    check_gradient_operand(gradient_operand)
-    options = replace(
-        _checked_options(hard_per_anchor, margin_weight, margin_space, margin_direction, label_smoothing),
-        backend=choose_backend("contrastive_loss", backend, image_BD.device.type),
-        gradient_operand=gradient_operand,
+    options = _checked_options(
+        hard_per_anchor, margin_weight, margin_space, margin_direction, label_smoothing, backend, gradient_operand
     )
-    layout = exchange_layout(image_BD, options.group_rows, process_group)
-    if options.backend == "reference":
-        return ContrastiveOutput(*function.reference_terms(image_BD, text_BD, logit_scale, options, layout))
-    return ContrastiveOutput(*function.ContrastiveFunction.apply(image_BD, text_BD, logit_scale, options, layout))
+    check_towers(image_BD, text_BD, logit_scale=logit_scale)
+    return ContrastiveOutput(*OPERATIONS.terms((image_BD, text_BD, logit_scale), options, process_group))
 
 
 def contrastive_gradients(
@@ -119,21 +112,23 @@ def contrastive_gradients(
     features.
     Collective: every rank of the group calls.
     """
-    check_towers(image_BD, text_BD, logit_scale=logit_scale)
-    check_gradient_operand(gradient_operand)
-    options = replace(
-        _checked_options(hard_per_anchor, margin_weight, margin_space, margin_direction, label_smoothing),
-        backend=choose_backend("contrastive_loss", backend, image_BD.device.type),
-        gradient_operand=gradient_operand,
+    options = _checked_options(
+        hard_per_anchor, margin_weight, margin_space, margin_direction, label_smoothing, backend, gradient_operand
     )
-    layout = exchange_layout(image_BD, options.group_rows, process_group)
-    compute = function.reference_gradients if options.backend == "reference" else function.blockwise_gradients
-    terms, gradients = compute(image_BD.detach(), text_BD.detach(), logit_scale.detach(), options, layout)
+    check_towers(image_BD, text_BD, logit_scale=logit_scale)
+    inputs = (image_BD, text_BD, logit_scale)
+    terms, gradients = OPERATIONS.terms_and_gradients(inputs, options, process_group)
     return ContrastiveGradients(ContrastiveOutput(*terms), *gradients)
 
 
 def _checked_options(
-    hard_per_anchor: int, margin_weight: float, margin_space: str, margin_direction: str, label_smoothing: float
+    hard_per_anchor: int,
+    margin_weight: float,
+    margin_space: str,
+    margin_direction: str,
+    label_smoothing: float,
+    backend: str,
+    gradient_operand: str,
 ) -> Options:
     if isinstance(hard_per_anchor, bool) or not isinstance(hard_per_anchor, int):
         raise TypeError(
@@ -153,4 +148,13 @@ def _checked_options(
         raise ValueError(f"margin_direction={margin_direction!r} must be one of {', '.join(MARGIN_DIRECTIONS)}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing={label_smoothing} must be at least 0 and below 1")
-    return Options(hard_per_anchor, float(margin_weight), margin_space, margin_direction, float(label_smoothing))
+    check_backend(backend, gradient_operand)
+    return Options(
+        hard_per_anchor,
+        float(margin_weight),
+        margin_space,
+        margin_direction,
+        float(label_smoothing),
+        backend,
+        gradient_operand,
+    )

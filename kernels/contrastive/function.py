@@ -1,4 +1,4 @@
-"""Autograd and the process-group composition of the contrastive loss.
+"""The process-group composition of the contrastive loss, and its operations in torch.library.
 
 In: this rank's rows. On the wire, forward only: both towers' rows all-gathered once, then O(G) floats (thresholds,
 column statistics reduced MAX then SUM, row statistics gathered). Backward: nothing, every rank can form the exact
@@ -12,23 +12,22 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.contrastive import blockwise
 from kernels.contrastive.gradient import gradients
 from kernels.contrastive.reference import contrastive_reference
-from kernels.contrastive.state import ForwardState, Options, anchors_of, part_of
-from kernels.rows.checks import positive_scale
-from kernels.rows.function import Layout, gather_rows, reduce_vector, rows_of_all_ranks
-from kernels.rows.precision import without_autocast
+from kernels.contrastive.state import ForwardState, Options, anchors_of, part_of, state_length
+from kernels.rows.function import Layout, Towers, gather_rows, reduce_vector
+from kernels.rows.gradient import Wanted
+from kernels.rows.precision import accumulation_dtype
+from kernels.rows.registration import Loss, register
 
 
-def forward(
-    image_BD: Tensor, text_BD: Tensor, image_GD: Tensor, text_GD: Tensor, scale: float, options: Options, layout: Layout
-) -> tuple[list[Tensor], ForwardState]:
+def forward(towers: Towers, scale: float, options: Options, layout: Layout) -> tuple[list[Tensor], ForwardState]:
     """Terms (loss, contrastive, margin, image_accuracy, text_accuracy) in float64 and the state. Collective: every
     rank calls."""
-    dtype = blockwise.accumulation_dtype(image_BD.dtype)
+    image_BD, text_BD, image_GD, text_GD = towers.image_BD, towers.text_BD, towers.image_GD, towers.text_GD
+    dtype = accumulation_dtype(image_BD.dtype)
     group, own_anchors = options.group_rows, anchors_of(layout.own, options)
     image_threshold_AG, image_hard_row_A = _thresholds(image_BD, text_BD, options, layout, "image_to_text")
     text_threshold_AG, text_hard_row_A = _thresholds(text_BD, image_BD, options, layout, "text_to_image")
@@ -117,68 +116,35 @@ def _smoothing_cosine(image_GD: Tensor, text_GD: Tensor, mean_positive: Tensor, 
     return options.label_smoothing * (mean_positive - torch.dot(*means))
 
 
-class ContrastiveFunction(torch.autograd.Function):
-    """(image_BD, text_BD, logit_scale) -> five 0-d terms, of which the first, the loss, is differentiable."""
-
-    @staticmethod
-    @without_autocast
-    def forward(ctx, image_BD, text_BD, logit_scale, options, layout):
-        image_GD, text_GD = gather_rows(image_BD, layout), gather_rows(text_BD, layout)
-        terms, ctx.state = forward(image_BD, text_BD, image_GD, text_GD, positive_scale(logit_scale), options, layout)
-        ctx.save_for_backward(image_BD, text_BD, image_GD, text_GD)
-        ctx.options, ctx.layout, ctx.scale_like = (
-            options,
-            layout,
-            logit_scale.new_empty(logit_scale.shape, device="meta"),
-        )
-        terms = [term.to(blockwise.accumulation_dtype(image_BD.dtype)) for term in terms]
-        ctx.mark_non_differentiable(*terms[1:])
-        return tuple(terms)
-
-    @staticmethod
-    @once_differentiable
-    @without_autocast
-    def backward(ctx, d_loss, *_):
-        want = dict(zip(("want_image", "want_text", "want_scale"), ctx.needs_input_grad[:3], strict=True))
-        image_BD = ctx.saved_tensors[0]
-        d_image, d_text, d_scale = gradients(*ctx.saved_tensors, ctx.state, ctx.options, ctx.layout, **want)
-        features = [None if d is None else d.mul_(d_loss).to(image_BD.dtype) for d in (d_image, d_text)]
-        if d_scale is not None:
-            d_scale = (d_scale * d_loss).to(ctx.scale_like.dtype).reshape(ctx.scale_like.shape)
-        return *features, d_scale, None, None
+def _forward(
+    towers: Towers, scalars: list[float], options: Options, layout: Layout
+) -> tuple[list[Tensor], list[float], Tensor]:
+    terms, state = forward(towers, *scalars, options, layout)
+    return terms, *state.packed()
 
 
-@without_autocast
-def reference_terms(image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor, options: Options, layout: Layout) -> tuple:
-    """The definition over all ranks' rows, formed whole on every rank. Collective: every rank calls."""
-    positive_scale(logit_scale)
-    towers = [rows_of_all_ranks(own_BD, layout) for own_BD in (image_BD, text_BD)]
-    terms = contrastive_reference(*towers, logit_scale, **options.definition())
-    return terms[0], *(term.detach() for term in terms[1:])
+def _gradients(
+    towers: Towers, numbers: list[float], state_N: Tensor, options: Options, layout: Layout, wanted: Wanted
+) -> list[Tensor | None]:
+    dtype = accumulation_dtype(towers.image_BD.dtype)
+    state = ForwardState.unpacked(numbers, state_N, options, layout, dtype)
+    return [None if d is None else d.to(dtype) for d in gradients(towers, state, options, layout, wanted)]
 
 
-@without_autocast
-def blockwise_gradients(
-    image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor, options: Options, layout: Layout
-) -> tuple:
-    """(five terms, (d_image_BD, d_text_BD, d_logit_scale)) without autograd. Collective: every rank calls."""
-    dtype = blockwise.accumulation_dtype(image_BD.dtype)
-    features = (image_BD, text_BD, gather_rows(image_BD, layout), gather_rows(text_BD, layout))
-    terms, state = forward(*features, positive_scale(logit_scale), options, layout)
-    d_image, d_text, d_scale = gradients(
-        *features, state, options, layout, want_image=True, want_text=True, want_scale=True
+def _definition(image_GD: Tensor, text_GD: Tensor, logit_scale: Tensor, *, options: Options) -> tuple[Tensor, ...]:
+    return contrastive_reference(image_GD, text_GD, logit_scale, **options.agreed)
+
+
+OPERATIONS = register(
+    Loss(
+        name="contrastive_loss",
+        scalars=("logit_scale",),
+        num_terms=5,
+        num_numbers=2,
+        options=Options,
+        definition=_definition,
+        forward=_forward,
+        gradients=_gradients,
+        state_length=state_length,
     )
-    return [term.to(dtype) for term in terms], (d_image, d_text, d_scale.to(dtype))
-
-
-@without_autocast
-def reference_gradients(
-    image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor, options: Options, layout: Layout
-) -> tuple:
-    """As `blockwise_gradients`, by autograd through the definition. Collective: every rank calls."""
-    dtype = blockwise.accumulation_dtype(image_BD.dtype)
-    with torch.enable_grad():
-        leaves = [leaf.to(dtype).requires_grad_() for leaf in (image_BD, text_BD, logit_scale)]
-        terms = reference_terms(*leaves, options, layout)
-        d_image, d_text, d_scale = torch.autograd.grad(terms[0], leaves)
-    return [term.detach() for term in terms], (d_image, d_text, d_scale.reshape(()))
+)

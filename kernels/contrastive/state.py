@@ -1,11 +1,13 @@
 """What the passes of the contrastive loss share: the checked settings, and what forward hands to backward.
 
-Shape letters: `B` rows of this rank, `G` rows of all ranks, `A` anchors of this rank, `AG` anchors of all ranks.
+Shape letters: `B` rows of this rank, `G` rows of all ranks, `A` anchors of this rank, `AG` anchors of all ranks, `N`
+any number.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from kernels.contrastive import blockwise
@@ -14,7 +16,7 @@ from kernels.rows.function import Layout
 
 @dataclass(frozen=True)
 class Options:
-    """The loss's settings as the public call took them, checked."""
+    """The loss's settings as the public call took them, checked. One process runs all sweeps on one backend."""
 
     hard_per_anchor: int = 0
     margin_weight: float = 0.0
@@ -53,16 +55,22 @@ class Options:
         num_anchors = layout.total // self.group_rows
         return (0.5 if self.margin_direction == "both" else 1.0) / (num_anchors * layout.total)
 
-    def definition(self) -> dict:
+    @property
+    def agreed(self) -> dict[str, float | str]:
+        """What defines the loss, the same on all ranks."""
         names = ("hard_per_anchor", "margin_weight", "margin_space", "margin_direction", "label_smoothing")
         return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
 class ForwardState:
-    """What the backward pass needs beside the features: O(b + G) numbers, float64 where not said."""
+    """What the backward pass needs beside the features: O(b + G) numbers, float64 where not said.
+
+    *_threshold_AG: in the accumulation dtype, None where that direction has no margin. *_hard_row_A: int64.
+    """
 
     scale: float
+    mean_positive_cosine: float
     positive_B: Tensor
     image_off_B: Tensor
     text_off_B: Tensor
@@ -72,11 +80,47 @@ class ForwardState:
     text_threshold_AG: Tensor | None
     image_active_A: Tensor
     text_active_A: Tensor
-    image_hard_row_A: Tensor
-    text_hard_row_A: Tensor
+    image_hard_row_A: Tensor | None
+    text_hard_row_A: Tensor | None
     margin_cosine: Tensor
     smoothing_cosine: Tensor
-    mean_positive_cosine: float
+
+    def packed(self) -> tuple[list[float], Tensor]:
+        """([scale, mean_positive_cosine], everything else in one float64 vector, exactly)."""
+        scale, mean_positive_cosine, *tensors = (getattr(self, field.name) for field in fields(self))
+        parts = [tensor.double().reshape(-1) for tensor in tensors if tensor is not None]
+        return [scale, mean_positive_cosine], torch.cat(parts)
+
+    @classmethod
+    def unpacked(
+        cls, numbers: list[float], state_N: Tensor, options: Options, layout: Layout, dtype: torch.dtype
+    ) -> "ForwardState":
+        """Undoes `packed`; `dtype` is that of the thresholds."""
+        lengths = _lengths(layout.counts[layout.rank], layout.total, options)
+        parts = dict(zip(lengths, state_N.split(list(lengths.values())), strict=True))
+        for direction, tower in (("image_to_text", "image"), ("text_to_image", "text")):
+            has_hinge = options.has_hinge(direction)
+            for name, part_dtype in ((f"{tower}_threshold_AG", dtype), (f"{tower}_hard_row_A", torch.int64)):
+                parts[name] = parts[name].to(part_dtype) if has_hinge else None
+        for name in ("margin_cosine", "smoothing_cosine"):
+            parts[name] = parts[name].reshape(())
+        return cls(*numbers, **parts)
+
+
+def state_length(num_rows: int, num_all_rows: int, options: Options) -> int:
+    """Length of a packed state."""
+    return sum(_lengths(num_rows, num_all_rows, options).values())
+
+
+def _lengths(num_rows: int, num_all_rows: int, options: Options) -> dict[str, int]:
+    """Of each tensor of the state, in order."""
+    lengths = dict.fromkeys(("positive_B", "image_off_B", "text_off_B"), num_rows)
+    lengths |= dict.fromkeys(("image_lse_G", "text_lse_G"), num_all_rows)
+    own, every = num_rows // options.group_rows, num_all_rows // options.group_rows
+    has_hinge = {"image": options.has_hinge("image_to_text"), "text": options.has_hinge("text_to_image")}
+    for name, length in (("threshold_AG", every), ("active_A", own), ("hard_row_A", own)):
+        lengths |= {f"{tower}_{name}": length if has_hinge[tower] else 0 for tower in ("image", "text")}
+    return lengths | {"margin_cosine": 1, "smoothing_cosine": 1}
 
 
 def anchors_of(rows: slice, options: Options) -> slice:

@@ -1,7 +1,6 @@
 """What every operation refuses, and the choice of a backend."""
 
 import functools
-import importlib.util
 import logging
 
 import torch
@@ -42,23 +41,19 @@ def check_towers(image_BD: Tensor, text_BD: Tensor, **scalars: Tensor) -> None:
         raise ValueError(f"{names} must be on one device, not {sorted(devices)}")
 
 
-def positive_scale(logit_scale: Tensor) -> float:
-    """The scale as a number. NaN passes, so that it shows in the loss."""
-    scale = float(logit_scale.detach())
-    if scale <= 0:
-        raise ValueError(f"logit_scale={scale} must be positive: pass the exponentiated scale, logit_scale.exp()")
-    return scale
+def check_backend(backend: str, gradient_operand: str = "precise") -> None:
+    """Refuse unknown names; `choose_backend` refuses what cannot run."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
+    if gradient_operand not in GRADIENT_OPERANDS:
+        raise ValueError(f"gradient_operand={gradient_operand!r} must be one of {', '.join(GRADIENT_OPERANDS)}")
 
 
 def choose_backend(operation: str, backend: str, device_type: str) -> str:
     """ "reference", "blockwise" or "triton"; ValueError for an unknown one, or one that is asked for and cannot run."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
+    check_backend(backend)
     if backend == "triton":
-        # Only who asks for Triton loads it.
-        from kernels.launch import require_triton
-
-        require_triton(operation, torch.device(device_type))
+        _require_triton(operation, device_type)
     return automatic_backend(operation, device_type) if backend == "auto" else backend
 
 
@@ -66,12 +61,19 @@ def choose_backend(operation: str, backend: str, device_type: str) -> str:
 def automatic_backend(operation: str, device_type: str) -> str:
     """Triton on GPUs that it knows, else blockwise. Cached, so that the choice is logged once for an operation and a
     kind of device."""
-    has_triton = importlib.util.find_spec("triton") is not None
-    chosen = "triton" if device_type == "cuda" and has_triton else "blockwise"
-    logger.info("%s on %s: backend 'auto' takes %r", operation, device_type, chosen)
+    chosen, reason = "blockwise", ""
+    if device_type == "cuda":
+        try:
+            _require_triton(operation, device_type)
+            chosen = "triton"
+        except (ImportError, ValueError) as error:
+            reason = f": {error}"
+    logger.info("%s on %s: backend 'auto' takes %r%s", operation, device_type, chosen, reason)
     return chosen
 
 
-def check_gradient_operand(gradient_operand: str) -> None:
-    if gradient_operand not in GRADIENT_OPERANDS:
-        raise ValueError(f"gradient_operand={gradient_operand!r} must be one of {', '.join(GRADIENT_OPERANDS)}")
+def _require_triton(operation: str, device_type: str) -> None:
+    # Only who asks for Triton loads it.
+    from kernels.launch import require_triton
+
+    require_triton(operation, torch.device(device_type))

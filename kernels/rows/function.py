@@ -3,7 +3,11 @@
 Shape letters: `B` rows of this rank, `G` rows of all ranks, `D` embedding, `X` any width.
 """
 
+import math
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,32 +41,90 @@ class Layout:
         return slice(self.offset, self.offset + self.counts[self.rank])
 
 
-def exchange_layout(image_BD: Tensor, group_rows: int, process_group: dist.ProcessGroup | None) -> Layout:
-    """Row counts of all ranks. Collective: every rank calls. Every rank raises the same ValueError when one rank is
-    wrong."""
+@dataclass(frozen=True)
+class Towers:
+    """This rank's rows of both towers, and all ranks'; the same tensors without a process group."""
+
+    image_BD: Tensor
+    text_BD: Tensor
+    image_GD: Tensor
+    text_GD: Tensor
+
+
+def name_of(process_group: dist.ProcessGroup | None) -> str:
+    """What operations of torch.library carry in place of a group; empty for this process alone."""
+    return "" if process_group is None else process_group.group_name
+
+
+def group_named(name: str) -> dist.ProcessGroup | None:
+    """The group that `name_of` named."""
+    return dist.distributed_c10d._resolve_process_group(name) if name else None
+
+
+def world_size_of(name: str) -> int:
+    return dist.get_world_size(group_named(name)) if name else 1
+
+
+def known_layout(counts: tuple[int, ...], name: str) -> Layout:
+    """The layout of counts that were exchanged before; no communication."""
+    group = group_named(name)
+    return Layout(counts, 0 if group is None else dist.get_rank(group), group)
+
+
+def exchange_layout(
+    image_BD: Tensor, scalars: Mapping[str, float], options: Any, process_group: dist.ProcessGroup | None
+) -> Layout:
+    """Row counts of all ranks, which must agree in the features' width and dtype, the scalars and the options.
+
+    Collective: every rank calls. Every rank raises the same ValueError when one rank is wrong.
+    """
     num_rows, dim = image_BD.shape
-    headers = [[num_rows, dim, FEATURE_DTYPES.index(image_BD.dtype)]]
-    rank = 0
+    agreed = {"D": dim, "the features' dtype": str(image_BD.dtype), **scalars, **options.agreed}
+    headers, rank = [[num_rows, *map(_as_number, agreed.values())]], 0
     if process_group is not None:
         rank = dist.get_rank(process_group)
-        own = torch.tensor(headers, dtype=torch.int64, device=image_BD.device)
-        every = own.new_empty(dist.get_world_size(process_group), 3)
+        own = torch.tensor(headers, dtype=torch.float64, device=image_BD.device)
+        every = own.new_empty(dist.get_world_size(process_group), own.shape[1])
         dist.all_gather_into_tensor(every, own, group=process_group)
         headers = every.tolist()
-    for other, (rows, other_dim, dtype) in enumerate(headers):
-        name = "this rank" if other == rank else f"rank {other}"
-        if rows % group_rows:
+    _check_agreement([header[1:] for header in headers], agreed)
+    # NaN passes, so that it shows in the loss.
+    if scalars["logit_scale"] <= 0:
+        raise ValueError(
+            f"logit_scale={scalars['logit_scale']} must be positive: pass the exponentiated scale, logit_scale.exp()"
+        )
+    counts = tuple(int(header[0]) for header in headers)
+    for other, rows in enumerate(counts):
+        if rows % options.group_rows:
+            name = "this rank" if other == rank else f"rank {other}"
             raise ValueError(
-                f"hard_per_anchor={group_rows - 1} needs rows in groups of {group_rows}, but {name} has {rows}"
+                f"hard_per_anchor={options.group_rows - 1} needs rows in groups of {options.group_rows}, "
+                f"but {name} has {rows}"
             )
-        if (other_dim, FEATURE_DTYPES[dtype]) != (dim, image_BD.dtype):
-            raise ValueError(
-                f"features need one width and dtype on all ranks: {name} has D={other_dim} {FEATURE_DTYPES[dtype]}, "
-                f"this rank D={dim} {image_BD.dtype}"
-            )
-    if sum(rows for rows, _, _ in headers) == 0:
+    if sum(counts) == 0:
         raise ValueError("the contrastive loss needs at least one row, but no rank has any")
-    return Layout(tuple(rows for rows, _, _ in headers), rank, process_group)
+    return Layout(counts, rank, process_group)
+
+
+def _as_number(value: float | str) -> float:
+    return float(zlib.crc32(value.encode())) if isinstance(value, str) else float(value)
+
+
+def _check_agreement(values: list[list[float]], agreed: Mapping[str, float | str]) -> None:
+    """Refuse ranks that differ from rank 0, with the same words on every rank."""
+    for rank, others in enumerate(values):
+        for (name, own), first, other in zip(agreed.items(), values[0], others, strict=True):
+            # Unlike machines may differ in the last digit of an exponential.
+            tolerance = 1e-6 if isinstance(own, float) else 0.0
+            if math.isclose(first, other, rel_tol=tolerance) or (math.isnan(first) and math.isnan(other)):
+                continue
+            shown = "" if isinstance(own, str) else f": {first:g} on rank 0, {other:g} on rank {rank}"
+            raise ValueError(f"{name} must be the same on all ranks, but rank {rank} differs from rank 0{shown}")
+
+
+def gather_towers(image_BD: Tensor, text_BD: Tensor, layout: Layout) -> Towers:
+    """Collective: every rank calls."""
+    return Towers(image_BD, text_BD, gather_rows(image_BD, layout), gather_rows(text_BD, layout))
 
 
 def gather_rows(rows_BX: Tensor, layout: Layout, *, rows_per_item: int = 1) -> Tensor:

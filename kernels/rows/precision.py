@@ -1,11 +1,16 @@
-"""Matrix products on bfloat16 units with float32 sums, where that rounds nothing: operands that bfloat16 holds
-exactly."""
+"""In which precision the losses compute: dtype of sums, no autocast, and products on bfloat16 units with float32 sums
+where that rounds nothing (operands that bfloat16 holds exactly)."""
 
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of sums over rows of `dtype`, and of what a loss returns for them."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @contextmanager

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.rows.checks import check_gradient_operand, check_towers, choose_backend
-from kernels.rows.function import exchange_layout
-from kernels.sigmoid import function
+from kernels.rows.checks import check_backend, check_towers
+from kernels.sigmoid.function import OPERATIONS, Options
 
 
 @dataclass(frozen=True)
@@ -60,13 +59,10 @@ def sigmoid_contrastive_loss(
     SigLipLoss under an engine that averages over ranks. Collective: every rank of the group calls.
     Source: Sigmoid loss for language image pre-training (Zhai et al. 2023), equation 1.
     """
+    check_backend(backend, gradient_operand)
     check_towers(image_BD, text_BD, logit_scale=logit_scale, logit_bias=logit_bias)
-    check_gradient_operand(gradient_operand)
-    chosen = choose_backend("sigmoid_contrastive_loss", backend, image_BD.device.type)
-    options = function.Options(chosen, gradient_operand)
-    layout = exchange_layout(image_BD, 1, process_group)
-    apply = function.reference_terms if chosen == "reference" else function.SigmoidFunction.apply
-    return SigmoidOutput(*apply(image_BD, text_BD, logit_scale, logit_bias, options, layout))
+    inputs, options = (image_BD, text_BD, logit_scale, logit_bias), Options(backend, gradient_operand)
+    return SigmoidOutput(*OPERATIONS.terms(inputs, options, process_group))
 
 
 def sigmoid_contrastive_gradients(
@@ -84,12 +80,8 @@ def sigmoid_contrastive_gradients(
     Arguments, conventions and errors are those of `sigmoid_contrastive_loss`; feature gradients stay in float32 for
     16-bit features. Collective: every rank of the group calls.
     """
+    check_backend(backend, gradient_operand)
     check_towers(image_BD, text_BD, logit_scale=logit_scale, logit_bias=logit_bias)
-    check_gradient_operand(gradient_operand)
-    chosen = choose_backend("sigmoid_contrastive_loss", backend, image_BD.device.type)
-    options = function.Options(chosen, gradient_operand)
-    layout = exchange_layout(image_BD, 1, process_group)
-    compute = function.reference_gradients if chosen == "reference" else function.blockwise_gradients
-    inputs = (image_BD, text_BD, logit_scale, logit_bias)
-    terms, gradients = compute(*(value.detach() for value in inputs), options, layout)
+    inputs, options = (image_BD, text_BD, logit_scale, logit_bias), Options(backend, gradient_operand)
+    terms, gradients = OPERATIONS.terms_and_gradients(inputs, options, process_group)
     return SigmoidGradients(SigmoidOutput(*terms), *gradients)
