@@ -1,0 +1,288 @@
+"""Triton pieces that sweeps share: a tile of cosines, and the product of stored gradient weights with rows.
+
+A gradient sweep goes strip by strip: one kernel of the operation writes the strip's weights (gradients by the cosines)
+to scratch memory, `add_products` multiplies them with rows. Every element of a result belongs to one program of a
+launch, and strips follow one another, so the same bits come out on every run.
+
+Shape letters in comments: `I` rows of x, `J` rows of y, `D` embedding. Row numbers inside a tile and cells inside a
+strip are int32, everything that grows with the batch is int64.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.rows.precision import accumulation_dtype
+from kernels.launch import INTERPRETER, Specialisation, blocks_for
+
+# Rows of x and of y whose weights exist at once: 128 MiB for two 16-bit halves, and enough output tiles to fill a GPU.
+# The strip's rows of x and y, 24 MiB at D = 1024, stay in the second-level cache meanwhile.
+STRIP_ROWS = 4096
+STRIP_COLUMNS = 8192
+# float16 has no exponents below -24: weights up to 2, multiplied by this, use the ones that it has.
+FLOAT16_UNIT = 2.0**14
+TRITON_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """How products are formed on a chip for rows of one dtype.
+
+    accumulator: what sums are kept in. cosine_precision, weight_precision: of float32 products, in Triton's words.
+    split: whether a weight is the sum of two 16-bit numbers. weight_unit: weights are stored as multiples of its
+    inverse.
+    """
+
+    accumulator: tl.dtype
+    cosine_precision: str
+    weight_precision: str
+    split: bool
+    weight_unit: float
+
+
+def numerics_for(dtype: torch.dtype, chip: str, gradient_operand: str) -> Numerics:
+    """For float32 rows, NVIDIA's matrix units make three TF32 products of one (one, if "fast"); AMD's multiply
+    float32."""
+    is_precise = gradient_operand == "precise"
+    has_tf32 = dtype == torch.float32 and chip.startswith("sm_")
+    return Numerics(
+        accumulator=tl.float64 if dtype == torch.float64 else tl.float32,
+        cosine_precision="tf32x3" if has_tf32 else "ieee",
+        weight_precision=("tf32x3" if is_precise else "tf32") if has_tf32 else "ieee",
+        split=is_precise and dtype in (torch.float16, torch.bfloat16),
+        weight_unit=FLOAT16_UNIT if dtype == torch.float16 else 1.0,
+    )
+
+
+@triton.jit
+def cosine_tile(
+    x_ptr,
+    y_ptr,
+    x_rows,
+    y_rows,
+    dim,
+    EVEN: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """x[x_rows] @ y[y_rows].T as [BLOCK_I, BLOCK_J] in ACC; the rows are int32, counted from the pointers, and exist."""
+    cosine = tl.zeros([BLOCK_I, BLOCK_J], ACC)
+    d_offsets = tl.arange(0, BLOCK_D)
+    x_cells = x_rows[:, None] * dim + d_offsets[None, :]
+    y_cells = y_rows[:, None] * dim + d_offsets[None, :]
+    for d in range(0, dim, BLOCK_D):
+        if EVEN:
+            x_block = tl.load(x_ptr + x_cells)
+            y_block = tl.load(y_ptr + y_cells)
+        else:
+            d_mask = (d_offsets < dim - d)[None, :]
+            x_block = tl.load(x_ptr + x_cells, mask=d_mask, other=0.0)
+            y_block = tl.load(y_ptr + y_cells, mask=d_mask, other=0.0)
+        # The interpreter multiplies the bit patterns of bfloat16 operands.
+        if INTERPRET:
+            x_block, y_block = x_block.to(ACC), y_block.to(ACC)
+        cosine = tl.dot(x_block, tl.trans(y_block), cosine, input_precision=PRECISION, out_dtype=ACC)
+        x_ptr += BLOCK_D
+        y_ptr += BLOCK_D
+    return cosine
+
+
+@triton.jit
+def store_weights(
+    weight, high_ptr, low_ptr, row, column, stride, SPLIT: tl.constexpr, UNIT: tl.constexpr, BLOCK_I, BLOCK_J
+):
+    """A tile of weights to scratch memory, as one number or as a rounded one and the rest of it."""
+    first = row * stride + column
+    cells = tl.arange(0, BLOCK_I)[:, None] * stride + tl.arange(0, BLOCK_J)[None, :]
+    weight *= UNIT
+    high = weight.to(high_ptr.dtype.element_ty)
+    tl.store(high_ptr + first + cells, high)
+    if SPLIT:
+        tl.store(low_ptr + first + cells, (weight - high.to(weight.dtype)).to(high.dtype))
+
+
+@triton.jit(do_not_specialize=["num_out", "num_inner"])
+def add_products_kernel(
+    high_ptr,
+    low_ptr,
+    rows_ptr,
+    out_ptr,
+    num_out,
+    num_inner,
+    dim,
+    stride,
+    TRANSPOSED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    UNIT: tl.constexpr,
+    EVEN: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out[i, :] += sum over k of weight[i, k] (weight[k, i] if TRANSPOSED) * rows[k, :]; weights are zero-padded."""
+    first = tl.program_id(1).to(tl.int64) * BLOCK_I
+    i_offsets = tl.arange(0, BLOCK_I)
+    k_offsets = tl.arange(0, BLOCK_K)
+    d_offsets = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    row_cells = k_offsets[:, None] * dim + d_offsets[None, :]
+    if TRANSPOSED:
+        cells = k_offsets[:, None] * stride + i_offsets[None, :]
+        first_cell, step = first, stride * BLOCK_K
+    else:
+        cells = i_offsets[:, None] * stride + k_offsets[None, :]
+        first_cell, step = first * stride, BLOCK_K
+    high_ptr += first_cell
+    low_ptr += first_cell
+    total = tl.zeros([BLOCK_I, BLOCK_D], ACC)
+    for k in range(0, num_inner, BLOCK_K):
+        # Rows beyond the strip are masked although their weights are zero: zero times NaN is not.
+        mask = (k_offsets < num_inner - k)[:, None]
+        if not EVEN:
+            mask = mask & (d_offsets < dim)[None, :]
+        rows = tl.load(rows_ptr + row_cells, mask=mask, other=0.0)
+        high = tl.load(high_ptr + cells)
+        if INTERPRET:
+            rows, high = rows.to(ACC), high.to(ACC)
+        if TRANSPOSED:
+            high = tl.trans(high)
+        total = tl.dot(high, rows, total, input_precision=PRECISION, out_dtype=ACC)
+        if SPLIT:
+            low = tl.load(low_ptr + cells)
+            if INTERPRET:
+                low = low.to(ACC)
+            if TRANSPOSED:
+                low = tl.trans(low)
+            total = tl.dot(low, rows, total, input_precision=PRECISION, out_dtype=ACC)
+        rows_ptr += BLOCK_K * dim
+        high_ptr += step
+        low_ptr += step
+    out_cells = out_ptr + first * dim + (i_offsets[:, None] * dim + d_offsets[None, :])
+    mask = (i_offsets < num_out - first)[:, None]
+    if not EVEN:
+        mask = mask & (d_offsets < dim)[None, :]
+    tl.store(out_cells, tl.load(out_cells, mask=mask, other=0.0) + total / UNIT, mask=mask)
+
+
+def strips(num_x: int, num_y: int) -> Iterator[tuple[slice, slice]]:
+    """Rows of x and of y, strip by strip, in the order that fixes the bits of every sum."""
+    for i0 in range(0, num_x, STRIP_ROWS):
+        for j0 in range(0, num_y, STRIP_COLUMNS):
+            yield slice(i0, min(i0 + STRIP_ROWS, num_x)), slice(j0, min(j0 + STRIP_COLUMNS, num_y))
+
+
+def tile_settings(kernel: str, chip: str, dtype: torch.dtype, dim: int) -> dict[str, Any]:
+    """Constexprs of a kernel that forms cosine tiles."""
+    blocks, numerics = blocks_for(kernel, chip, dtype, dim), numerics_for(dtype, chip, "precise")
+    return {
+        "EVEN": dim % blocks.depth == 0,
+        "ACC": numerics.accumulator,
+        "PRECISION": numerics.cosine_precision,
+        "INTERPRET": chip == INTERPRETER,
+        "BLOCK_I": blocks.rows,
+        "BLOCK_J": blocks.columns,
+        "BLOCK_D": blocks.depth,
+    }
+
+
+def product_settings(
+    chip: str, dtype: torch.dtype, dim: int, gradient_operand: str, transposed: bool
+) -> dict[str, Any]:
+    """Constexprs of `add_products_kernel`."""
+    blocks, numerics = blocks_for("add_products", chip, dtype, dim), numerics_for(dtype, chip, gradient_operand)
+    return {
+        "TRANSPOSED": transposed,
+        "SPLIT": numerics.split,
+        "UNIT": numerics.weight_unit,
+        "EVEN": dim % blocks.columns == 0,
+        "ACC": numerics.accumulator,
+        "PRECISION": numerics.weight_precision,
+        "INTERPRET": chip == INTERPRETER,
+        "BLOCK_I": blocks.rows,
+        "BLOCK_D": blocks.columns,
+        "BLOCK_K": blocks.depth,
+    }
+
+
+@dataclass
+class Weights:
+    """Scratch memory for one strip's weights: [rows, columns], padded to whole tiles; `low` is `high` unless split."""
+
+    high: Tensor
+    low: Tensor
+    chip: str
+    gradient_operand: str
+
+    @classmethod
+    def scratch(cls, kernel: str, x_BD: Tensor, y_GD: Tensor, chip: str, gradient_operand: str) -> "Weights":
+        """For the strips of x_BD and y_GD, whose weights `kernel` writes in whole tiles."""
+        blocks = blocks_for(kernel, chip, x_BD.dtype, x_BD.shape[1])
+        shape = [
+            triton.cdiv(min(len(rows), most), tile) * tile
+            for rows, most, tile in ((x_BD, STRIP_ROWS, blocks.rows), (y_GD, STRIP_COLUMNS, blocks.columns))
+        ]
+        high = x_BD.new_empty(shape)
+        split = numerics_for(x_BD.dtype, chip, gradient_operand).split
+        return cls(high, x_BD.new_empty(shape) if split else high, chip, gradient_operand)
+
+    @property
+    def stride(self) -> int:
+        return self.high.stride(0)
+
+    def add_products(self, rows_KD: Tensor, out_ID: Tensor, *, transposed: bool) -> None:
+        """out_ID += weights @ rows_KD, or the transposed weights, in place; out_ID in the accumulation dtype."""
+        dim = rows_KD.shape[1]
+        settings = product_settings(self.chip, rows_KD.dtype, dim, self.gradient_operand, transposed)
+        blocks = blocks_for("add_products", self.chip, rows_KD.dtype, dim)
+        grid = (triton.cdiv(dim, blocks.columns), triton.cdiv(len(out_ID), blocks.rows))
+        add_products_kernel[grid](
+            self.high,
+            self.low,
+            rows_KD,
+            out_ID,
+            len(out_ID),
+            len(rows_KD),
+            dim,
+            self.stride,
+            **settings,
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+        )
+
+
+def product_specialisations(chip: str, dtype: torch.dtype, dim: int) -> list[Specialisation]:
+    """What `Weights.add_products` compiles: own rows and the other tower's, precise and fast."""
+    rows, total = (f"*{TRITON_DTYPES[kind]}" for kind in (dtype, accumulation_dtype(dtype)))
+    signature = {"high_ptr": rows, "low_ptr": rows, "rows_ptr": rows, "out_ptr": total}
+    signature |= dict.fromkeys(("num_out", "num_inner", "dim", "stride"), "i32")
+    blocks = blocks_for("add_products", chip, dtype, dim)
+    return [
+        Specialisation(
+            kernel="add_products",
+            function=add_products_kernel,
+            signature=signature,
+            constexprs=product_settings(chip, dtype, dim, gradient_operand, transposed),
+            aligned=aligned_arguments(signature, dim),
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+        )
+        for gradient_operand in ("precise", "fast")
+        for transposed in (False, True)
+    ]
+
+
+def aligned_arguments(signature: dict[str, str], dim: int) -> tuple[str, ...]:
+    """Pointers from torch's allocator, the scratch memory's stride, and a width that is a multiple of 16."""
+    names = [name for name, kind in signature.items() if kind.startswith("*") or name == "stride"]
+    return tuple(names + ["dim"] * (dim % 16 == 0))
