@@ -118,4 +118,57 @@ BLOCKS: dict[tuple[str, str], dict[str, tuple[tuple[int, Blocks], ...]]] = {
         "16bit": ((ANY, Blocks(128, 128, 64, num_warps=8, num_stages=2)),),
         "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=2)),),
     },
+    # Weights are stored in whole tiles, whose sides are multiples of add_products' depth.
+    ("sigmoid_negative_sum", "sm_80"): {
+        "16bit": ((ANY, Blocks(128, 128, 32, num_warps=8, num_stages=3)),),
+        "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=3)),),
+    },
+    ("sigmoid_negative_sum", "sm_90"): {
+        "16bit": ((ANY, Blocks(128, 128, 64, num_warps=8, num_stages=3)),),
+        "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=3)),),
+    },
+    ("sigmoid_negative_sum", "sm_100"): {
+        "16bit": ((ANY, Blocks(128, 128, 64, num_warps=8, num_stages=3)),),
+        "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=3)),),
+    },
+    ("sigmoid_negative_sum", "gfx942"): {
+        "16bit": ((ANY, Blocks(128, 128, 32, num_warps=8, num_stages=2)),),
+        "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=2)),),
+    },
+    ("sigmoid_weights", "sm_80"): {
+        "16bit": ((ANY, Blocks(128, 128, 32, num_warps=8, num_stages=3)),),
+        "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=3)),),
+    },
+    ("sigmoid_weights", "sm_90"): {
+        "16bit": ((ANY, Blocks(128, 128, 64, num_warps=8, num_stages=3)),),
+        "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=3)),),
+    },
+    ("sigmoid_weights", "sm_100"): {
+        "16bit": ((ANY, Blocks(128, 128, 64, num_warps=8, num_stages=3)),),
+        "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=3)),),
+    },
+    ("sigmoid_weights", "gfx942"): {
+        "16bit": ((ANY, Blocks(128, 128, 32, num_warps=8, num_stages=2)),),
+        "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=2)),),
+    },
+    ("add_products", "sm_80"): {
+        "16bit": ((ANY, Blocks(128, 128, 32, num_warps=8, num_stages=3)),),
+        "fp32": ((ANY, Blocks(128, 64, 16, num_warps=8, num_stages=3)),),
+    },
+    ("add_products", "sm_90"): {
+        "16bit": (
+            (64, Blocks(128, 64, 64, num_warps=8, num_stages=3)),
+            (128, Blocks(128, 128, 64, num_warps=8, num_stages=3)),
+            (ANY, Blocks(128, 256, 32, num_warps=8, num_stages=4)),
+        ),
+        "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=3)),),
+    },
+    ("add_products", "sm_100"): {
+        "16bit": ((ANY, Blocks(128, 128, 64, num_warps=8, num_stages=3)),),
+        "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=3)),),
+    },
+    ("add_products", "gfx942"): {
+        "16bit": ((ANY, Blocks(128, 128, 32, num_warps=8, num_stages=2)),),
+        "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=2)),),
+    },
 }

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.rows.precision import accumulation_dtype
 from kernels.launch import INTERPRETER, Specialisation, blocks_for
+from kernels.rows.precision import accumulation_dtype
 
 # Rows of x and of y whose weights exist at once: 128 MiB for two 16-bit halves, and enough output tiles to fill a GPU.
 # The strip's rows of x and y, 24 MiB at D = 1024, stay in the second-level cache meanwhile.
@@ -145,7 +145,13 @@ def add_products_kernel(
         first_cell, step = first * stride, BLOCK_K
     high_ptr += first_cell
     low_ptr += first_cell
-    total = tl.zeros([BLOCK_I, BLOCK_D], ACC)
+    out_cells = i_offsets[:, None] * dim + d_offsets[None, :]
+    out_mask = (i_offsets < num_out - first)[:, None]
+    if not EVEN:
+        out_mask = out_mask & (d_offsets < dim)[None, :]
+    out_ptr += first * dim
+    # Starting from what is there needs fewer registers at the end.
+    total = tl.load(out_ptr + out_cells, mask=out_mask, other=0.0) * UNIT
     for k in range(0, num_inner, BLOCK_K):
         # Rows beyond the strip are masked although their weights are zero: zero times NaN is not.
         mask = (k_offsets < num_inner - k)[:, None]
@@ -168,11 +174,7 @@ def add_products_kernel(
         rows_ptr += BLOCK_K * dim
         high_ptr += step
         low_ptr += step
-    out_cells = out_ptr + first * dim + (i_offsets[:, None] * dim + d_offsets[None, :])
-    mask = (i_offsets < num_out - first)[:, None]
-    if not EVEN:
-        mask = mask & (d_offsets < dim)[None, :]
-    tl.store(out_cells, tl.load(out_cells, mask=mask, other=0.0) + total / UNIT, mask=mask)
+    tl.store(out_ptr + out_cells, total / UNIT, mask=out_mask)
 
 
 def strips(num_x: int, num_y: int) -> Iterator[tuple[slice, slice]]:
@@ -227,9 +229,10 @@ class Weights:
     @classmethod
     def scratch(cls, kernel: str, x_BD: Tensor, y_GD: Tensor, chip: str, gradient_operand: str) -> "Weights":
         """For the strips of x_BD and y_GD, whose weights `kernel` writes in whole tiles."""
-        blocks = blocks_for(kernel, chip, x_BD.dtype, x_BD.shape[1])
+        blocks, products = (blocks_for(name, chip, x_BD.dtype, x_BD.shape[1]) for name in (kernel, "add_products"))
+        # Summed over, an axis is read as far as it was written; otherwise in blocks, whose surplus is not stored.
         shape = [
-            triton.cdiv(min(len(rows), most), tile) * tile
+            triton.cdiv(min(len(rows), most), max(tile, products.rows)) * max(tile, products.rows)
             for rows, most, tile in ((x_BD, STRIP_ROWS, blocks.rows), (y_GD, STRIP_COLUMNS, blocks.columns))
         ]
         high = x_BD.new_empty(shape)

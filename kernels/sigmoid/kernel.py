@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.rows.precision import accumulation_dtype
 from kernels.launch import Specialisation, blocks_for, chip_of, require_triton
 from kernels.rows.kernel import (
     TRITON_DTYPES,
@@ -27,6 +26,7 @@ from kernels.rows.kernel import (
     strips,
     tile_settings,
 )
+from kernels.rows.precision import accumulation_dtype
 
 # Of log1p's series in z = u / (2 + u) <= 1/3: what is left out is below a float32's, or a float64's, last digit.
 SERIES_TERMS = {torch.float32: 8, torch.float64: 17}
