@@ -136,7 +136,7 @@ def _checked_options(
         )
     if hard_per_anchor < 0:
         raise ValueError(f"hard_per_anchor={hard_per_anchor} must be 0 (no hard pairs) or more")
-    if not (math.isfinite(margin_weight) and margin_weight >= 0):
+    if not 0 <= margin_weight < math.inf:
         raise ValueError(f"margin_weight={margin_weight} must be a finite number of at least 0; 0 turns the margin off")
     if margin_weight > 0 and hard_per_anchor == 0:
         raise ValueError(

@@ -85,7 +85,7 @@ def exchange_layout(
         rank = dist.get_rank(process_group)
         own = torch.tensor(headers, dtype=torch.float64, device=image_BD.device)
         every = own.new_empty(dist.get_world_size(process_group), own.shape[1])
-        dist.all_gather_into_tensor(every, own, group=process_group)
+        _all_gather(every, own, process_group)
         headers = every.tolist()
     _check_agreement([header[1:] for header in headers], agreed)
     # NaN passes, so that it shows in the loss.
@@ -139,7 +139,7 @@ def gather_rows(rows_BX: Tensor, layout: Layout, *, rows_per_item: int = 1) -> T
     # Bytes, since not every communication library knows every dtype.
     wire, own = gathered.view(torch.uint8), rows_BX.contiguous().view(torch.uint8)
     if len(set(counts)) == 1:
-        dist.all_gather_into_tensor(wire, own, group=layout.process_group)
+        _all_gather(wire, own, layout.process_group)
         return gathered
     # Unequal shards: one broadcast each into its place, so that nothing is padded and a rank may have no row.
     pending = []
@@ -151,6 +151,12 @@ def gather_rows(rows_BX: Tensor, layout: Layout, *, rows_per_item: int = 1) -> T
     for work in pending:
         work.wait()
     return gathered
+
+
+def _all_gather(every: Tensor, own: Tensor, process_group: dist.ProcessGroup) -> None:
+    # Torch 2.14 renamed it, and warns of the name that older ones know.
+    gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+    gather(every, own, group=process_group)
 
 
 def reduce_vector(vector: Tensor, layout: Layout, operation: dist.ReduceOp) -> Tensor:
