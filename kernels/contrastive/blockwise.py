@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.rows.precision import bfloat16_units
+from kernels.rows.precision import accumulation_dtype, bfloat16_units, split_in_place, splits_pay
 
 ROW_TILE = 512
-COLUMN_TILE = 2048
+COLUMN_TILE = 1024
 # How far apart two references may lie (in nats) for one exponential to serve rows and columns: what underflows in one
 # is then nothing in the other either.
 SHARED_EXPONENT_RANGE = 40.0
@@ -43,6 +43,13 @@ class Hinges:
     row_A: Tensor | None
     column_A: Tensor | None
 
+    def of_columns(self, start: int, stop: int) -> Tensor:
+        """Thresholds [1, stop - start] of all columns, infinite where none is an anchor: whole rows of a tile are faster
+        to compare than every other number of them."""
+        anchors = self.column_A[start // self.group_rows : stop // self.group_rows]
+        others = anchors.new_full((len(anchors), self.group_rows - 1), torch.inf)
+        return torch.cat([anchors[:, None], others], 1).reshape(1, -1)
+
 
 @dataclass
 class Statistics:
@@ -60,10 +67,6 @@ class Statistics:
     row_active_A: Tensor
     column_hinge_A: Tensor
     column_active_A: Tensor
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def tiles(num_rows: int, tile: int, group_rows: int) -> Iterator[tuple[int, int]]:
@@ -128,6 +131,7 @@ def gradient_sweep(
     scale_sum = torch.zeros((), dtype=torch.float64, device=x_BD.device)
     group = hinges.group_rows
     buffers = _Buffers(3, row_tile, column_tile, group, dtype, x_BD.device)
+    split = splits_pay(x_BD.dtype, x_BD.device)
     for i0, i1 in tiles(len(x_BD), row_tile, group):
         x_tile = x_BD[i0:i1].to(dtype)
         for j0, j1 in tiles(len(y_GD), column_tile, group):
@@ -145,14 +149,19 @@ def gradient_sweep(
                 _exclude_groups(cosine[band], group)
             if hinges.row_A is not None:
                 threshold = hinges.row_A[i0 // group : i1 // group, None]
-                gradient[::group].add_(cosine[::group] > threshold, alpha=hinge_weight)
+                active = torch.gt(cosine[::group], threshold, out=work[::group])
+                gradient[::group].add_(active, alpha=hinge_weight)
             if hinges.column_A is not None:
-                threshold = hinges.column_A[None, j0 // group : j1 // group]
-                gradient[:, ::group].add_(cosine[:, ::group] > threshold, alpha=hinge_weight)
-            if dx_BD is not None:
-                dx_BD[i0:i1].addmm_(gradient, y_tile)
-            if dy_GD is not None:
-                dy_GD[j0:j1].addmm_(gradient.T, x_tile)
+                active = torch.gt(cosine, hinges.of_columns(j0, j1), out=work)
+                gradient.add_(active, alpha=hinge_weight)
+            if split:
+                split_in_place(gradient, high=work)
+            with bfloat16_units(split):
+                for term in (gradient, work) if split else (gradient,):
+                    if dx_BD is not None:
+                        dx_BD[i0:i1].addmm_(term, y_tile)
+                    if dy_GD is not None:
+                        dy_GD[j0:j1].addmm_(term.T, x_tile)
     return dx_BD, dy_GD, scale_sum
 
 
@@ -310,16 +319,18 @@ def _softmax_sum(
     cosine: Tensor, row_lse_B: Tensor, column_lse_G: Tensor, scale: float, out: Tensor, work: Tensor
 ) -> None:
     """exp(s_ij - row_lse_i) + exp(s_ij - column_lse_j) into `out`, from float64 log-sum-exps."""
+    origin = row_lse_B.max()
+    origin = origin.to(out.dtype).double()
+    if (origin - torch.minimum(row_lse_B.min(), column_lse_G.min())) < SHARED_EXPONENT_RANGE:
+        # exp(s_ij - origin) * (exp(origin - row_lse_i) + exp(origin - column_lse_j)): one exponential for both.
+        _exponentials(cosine, origin, scale, out)
+        row_factor, column_factor = torch.exp(origin - row_lse_B), torch.exp(origin - column_lse_G)
+        out.mul_(torch.add(row_factor.to(out.dtype)[:, None], column_factor.to(out.dtype)[None, :], out=work))
+        return
     # The exponent's reference must be a number of the tile's dtype; a factor near one makes up for its rounding.
     reference = row_lse_B.to(out.dtype).double()
     _exponentials(cosine, reference[:, None], scale, out)
     correction = torch.exp(reference - row_lse_B).to(out.dtype)[:, None]
-    highest = reference.max()
-    if (highest - column_lse_G.min()) < SHARED_EXPONENT_RANGE:
-        row_factor = torch.exp(reference - highest).to(out.dtype)[:, None]
-        column_factor = torch.exp(highest - column_lse_G).to(out.dtype)[None, :]
-        out.mul_(torch.addcmul(correction, row_factor, column_factor, out=work))
-        return
     column_reference = column_lse_G.to(out.dtype).double()
     column_correction = torch.exp(column_reference - column_lse_G).to(out.dtype)[None, :]
     _exponentials(cosine, column_reference[None, :], scale, work)
@@ -337,12 +348,13 @@ def _add_hinges(
 ) -> None:
     group = hinges.group_rows
     if hinges.row_A is not None:
-        own = slice(rows[0] // group, rows[1] // group)
-        excess = torch.sub(cosine[::group], hinges.row_A[own, None], out=work[::group]).relu_()
-        stats.row_hinge_A[own] += excess.sum(1)
-        stats.row_active_A[own] += (excess > 0).sum(1)
+        own, threshold = (
+            slice(rows[0] // group, rows[1] // group),
+            hinges.row_A[rows[0] // group : rows[1] // group, None],
+        )
+        stats.row_hinge_A[own] += torch.sub(cosine[::group], threshold, out=work[::group]).relu_().sum(1)
+        stats.row_active_A[own] += torch.gt(cosine[::group], threshold, out=work[::group]).sum(1)
     if hinges.column_A is not None:
-        own = slice(columns[0] // group, columns[1] // group)
-        excess = torch.sub(cosine[:, ::group], hinges.column_A[None, own], out=work[:, ::group]).relu_()
-        stats.column_hinge_A[own] += excess.sum(0)
-        stats.column_active_A[own] += (excess > 0).sum(0)
+        own, threshold = slice(columns[0] // group, columns[1] // group), hinges.of_columns(*columns)
+        stats.column_hinge_A[own] += torch.sub(cosine, threshold, out=work).relu_().sum(0)[::group]
+        stats.column_active_A[own] += torch.gt(cosine, threshold, out=work).sum(0)[::group]
