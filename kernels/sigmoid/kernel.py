@@ -60,18 +60,17 @@ def _logit_tile(
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """(cosine, logit, whether the loss counts the pair) of this program's tile."""
+    """(cosine, logit, whether a row exists) of this program's tile, the logit -inf where the loss doesn't count the
+    column."""
     row = tl.program_id(1).to(tl.int64) * BLOCK_I
     column = tl.program_id(0).to(tl.int64) * BLOCK_J
     i_offsets, j_offsets = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_J)
     # Beyond the last row the last one is read again, and not counted.
-    x_rows = tl.minimum(i_offsets, num_x - row - 1).to(tl.int32)
-    y_rows = tl.minimum(j_offsets, num_y - column - 1).to(tl.int32)
     cosine = cosine_tile(
         x_ptr + row * dim,
         y_ptr + column * dim,
-        x_rows,
-        y_rows,
+        tl.minimum(i_offsets, num_x - row - 1).to(tl.int32),
+        tl.minimum(j_offsets, num_y - column - 1).to(tl.int32),
         dim,
         EVEN,
         ACC,
@@ -81,10 +80,17 @@ def _logit_tile(
         BLOCK_J,
         BLOCK_D,
     )
-    logit = cosine * tl.load(scalars_ptr) + tl.load(scalars_ptr + 1)
-    counted = (i_offsets < num_x - row)[:, None] & (j_offsets < num_y - column)[None, :]
-    counted = counted & (i_offsets[:, None] - j_offsets[None, :] != column - row - offset)
-    return cosine, logit, counted
+    bias = tl.where(j_offsets < num_y - column, tl.load(scalars_ptr + 1), float("-inf"))
+    logit = cosine * tl.load(scalars_ptr) + bias[None, :]
+    # Outside the tile where no row has its partner inside.
+    partner = tl.minimum(tl.maximum(offset + row - column, -BLOCK_I), BLOCK_J).to(tl.int32)
+    logit = tl.where((i_offsets + partner)[:, None] == j_offsets[None, :], float("-inf"), logit)
+    return cosine, logit, i_offsets < num_x - row
+
+
+@triton.jit
+def _total(values, is_row):
+    return tl.sum(tl.where(is_row, tl.sum(values, 1), 0.0).to(tl.float64), 0)
 
 
 @triton.jit
@@ -111,13 +117,12 @@ def negative_sum_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """sum[program] = sum of softplus(logit) over the counted pairs of the program's tile."""
-    _, logit, counted = _logit_tile(
+    """sum[program] = sum of softplus(logit) over the pairs of the program's tile that the loss counts."""
+    _, logit, is_row = _logit_tile(
         x_ptr, y_ptr, scalars_ptr, num_x, num_y, dim, offset, EVEN, ACC, PRECISION, INTERPRET, BLOCK_I, BLOCK_J, BLOCK_D
     )
     softplus = tl.maximum(logit, 0.0) + _log1p(tl.exp(-tl.abs(logit)), TERMS)
-    row_sums = tl.sum(tl.where(counted, softplus, 0.0), 1)
-    tl.store(sum_ptr + _program_number(), tl.sum(row_sums.to(tl.float64), 0))
+    tl.store(sum_ptr + _program_number(), _total(softplus, is_row))
 
 
 @triton.jit(do_not_specialize=["num_x", "num_y", "offset"])
@@ -143,16 +148,16 @@ def sigmoid_weights_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Stores sigmoid(logit), 0 where not counted, and (sum of weight * cosine, sum of weight) of the program's tile."""
-    cosine, logit, counted = _logit_tile(
+    """Stores sigmoid(logit), 0 for columns that are not counted, and (sum of weight * cosine, sum of weight) of the program's tile."""
+    cosine, logit, is_row = _logit_tile(
         x_ptr, y_ptr, scalars_ptr, num_x, num_y, dim, offset, EVEN, ACC, PRECISION, INTERPRET, BLOCK_I, BLOCK_J, BLOCK_D
     )
     # exp of what is not positive never overflows.
     small = tl.exp(-tl.abs(logit))
-    weight = tl.where(counted, tl.where(logit >= 0, 1.0, small) / (1.0 + small), 0.0)
+    weight = tl.where(logit >= 0, 1.0, small) / (1.0 + small)
     program = _program_number()
-    tl.store(sum_ptr + 2 * program, tl.sum(tl.sum(tl.where(counted, weight * cosine, 0.0), 1).to(tl.float64), 0))
-    tl.store(sum_ptr + 2 * program + 1, tl.sum(tl.sum(weight, 1).to(tl.float64), 0))
+    tl.store(sum_ptr + 2 * program, _total(weight * cosine, is_row))
+    tl.store(sum_ptr + 2 * program + 1, _total(weight, is_row))
     row, column = tl.program_id(1).to(tl.int64) * BLOCK_I, tl.program_id(0).to(tl.int64) * BLOCK_J
     store_weights(weight, high_ptr, low_ptr, row, column, stride, SPLIT, UNIT, BLOCK_I, BLOCK_J)
 
