@@ -111,10 +111,26 @@ BLOCKS: dict[tuple[str, str], dict[str, tuple[tuple[int, Blocks], ...]]] = {
         "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=3)),),
     },
     ("contrastive_statistics", "sm_100"): {
+        "16bit": ((ANY, Blocks(128, 64, 128, num_warps=8, num_stages=2)),),
+        "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=4)),),
+    },
+    ("contrastive_statistics", "gfx942"): {
+        "16bit": ((ANY, Blocks(128, 128, 64, num_warps=8, num_stages=2)),),
+        "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=2)),),
+    },
+    ("contrastive_weights", "sm_80"): {
+        "16bit": ((ANY, Blocks(128, 128, 32, num_warps=8, num_stages=3)),),
+        "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=3)),),
+    },
+    ("contrastive_weights", "sm_90"): {
         "16bit": ((ANY, Blocks(128, 128, 64, num_warps=8, num_stages=3)),),
         "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=3)),),
     },
-    ("contrastive_statistics", "gfx942"): {
+    ("contrastive_weights", "sm_100"): {
+        "16bit": ((ANY, Blocks(128, 64, 64, num_warps=8, num_stages=4)),),
+        "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=4)),),
+    },
+    ("contrastive_weights", "gfx942"): {
         "16bit": ((ANY, Blocks(128, 128, 64, num_warps=8, num_stages=2)),),
         "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=2)),),
     },
@@ -170,5 +186,11 @@ BLOCKS: dict[tuple[str, str], dict[str, tuple[tuple[int, Blocks], ...]]] = {
     ("add_products", "gfx942"): {
         "16bit": ((ANY, Blocks(128, 128, 32, num_warps=8, num_stages=2)),),
         "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=2)),),
+    },
+    **{
+        ("contrastive_merge", chip): dict.fromkeys(
+            ("16bit", "fp32"), ((ANY, Blocks(64, 1, 1, num_warps=2, num_stages=1)),)
+        )
+        for chip in CHIPS
     },
 }
