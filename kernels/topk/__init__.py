@@ -8,8 +8,11 @@ from torch import Tensor
 from kernels.rows.checks import choose_backend
 from kernels.rows.function import FEATURE_DTYPES
 from kernels.rows.precision import without_autocast
-from kernels.topk.blockwise import Problem, product_topk_blockwise
+from kernels.topk.blockwise import product_topk_blockwise
+from kernels.topk.problem import CAUSES, GroupPair, Problem
 from kernels.topk.reference import product_topk_reference
+
+__all__ = ["CAUSES", "TopK", "product_topk"]
 
 
 @dataclass(frozen=True)
@@ -18,13 +21,16 @@ class TopK:
 
     ids_QK: int64, rows of the base, -1 where there are fewer than k. image_similarity_QK, text_similarity_QK: float64,
     exact for float16 rows, 0 where there is no pair. num_excluded_Q: int64, base pairs excluded as duplicates (self
-    not counted).
+    not counted). num_excluded_QC: int64, the same by cause, in the order of CAUSES; a pair with several counts under
+    the first. excluded_example_QC: int64, the lowest excluded id of each cause, or -1.
     """
 
     ids_QK: Tensor
     image_similarity_QK: Tensor
     text_similarity_QK: Tensor
     num_excluded_Q: Tensor
+    num_excluded_QC: Tensor
+    excluded_example_QC: Tensor
 
 
 @torch.no_grad()
@@ -44,6 +50,7 @@ def product_topk(
     image_group_N: Tensor | None = None,
     text_group_Q: Tensor | None = None,
     text_group_N: Tensor | None = None,
+    valid_N: Tensor | None = None,
     backend: str = "auto",
 ) -> TopK:
     """The k base pairs of highest max(s_image, 0) * max(s_text, 0) for each query, exact, without the Q x N matrix.
@@ -56,37 +63,49 @@ def product_topk(
     floor: in [0, 1); hard pairs score strictly above it.
     image_group_Q with image_group_N, text_group_Q with text_group_N: int64 or int32 group numbers of duplicates; base
         pairs of the query's number are excluded and counted.
-    backend: "blockwise" (tiled torch, any device), "reference" (the definition), "triton", or "auto", which logs its
-    choice once.
+    valid_N: bool; base pairs that are False are nobody's hard pair and not counted, and may hold anything.
+    backend: "blockwise" (tiled torch, any device), "triton" (a GPU), "reference" (the definition), or "auto", which
+    logs its choice once.
 
-    Similarities and order are decided in float64 on the rows as given. Raises ValueError for a wrong shape, dtype,
-    device, limit, or a row that is not finite.
+    Similarities and order are decided in float64 on the rows as given. The base is prepared once for thousands of
+    queries: few large calls are faster than many small ones. Raises ValueError for a wrong shape, dtype, device, limit,
+    or a row that is not finite.
     Source: HELIP (arXiv 2305.05208), hard pair mining, with the product clamped: two dissimilarities make no hard pair.
     """
-    groups = _checked_groups(image_group_Q, image_group_N, "image") + _checked_groups(
-        text_group_Q, text_group_N, "text"
-    )
     problem = Problem(
         (query_image_QD, query_text_QD),
         (base_image_ND, base_text_ND),
         k,
         query_ids_Q,
-        groups,
+        (_group_pair(image_group_Q, image_group_N, "image"), _group_pair(text_group_Q, text_group_N, "text")),
         (image_ceiling, text_ceiling),
         floor,
+        valid_N,
     )
     _check(problem)
-    if choose_backend("product_topk", backend, query_image_QD.device.type) == "blockwise":
-        return TopK(*product_topk_blockwise(problem))
-    towers = (*problem.query_QD, *problem.base_ND)
-    settings = {"query_ids_Q": query_ids_Q, "groups": groups, "ceilings": problem.ceilings, "floor": floor}
-    return TopK(*product_topk_reference(*towers, k, **settings))
+    chosen = choose_backend("product_topk", backend, query_image_QD.device.type)
+    if chosen == "reference":
+        ids_QK, image_QK, text_QK, num_excluded_QC, example_QC = product_topk_reference(problem)
+    else:
+        answer, excluded = _search_of(chosen)(problem)
+        ids_QK, image_QK, text_QK = answer.ids_QK, answer.image_similarity_QK, answer.text_similarity_QK
+        num_excluded_QC, example_QC = excluded.num_excluded_QC, excluded.excluded_example_QC
+    return TopK(ids_QK, image_QK, text_QK, num_excluded_QC.sum(1), num_excluded_QC, example_QC)
 
 
-def _checked_groups(group_Q: Tensor | None, group_N: Tensor | None, name: str) -> tuple[tuple[Tensor, Tensor], ...]:
+def _search_of(backend: str):
+    if backend == "blockwise":
+        return product_topk_blockwise
+    # Only who asks for Triton loads it.
+    from kernels.topk.kernel import product_topk_triton
+
+    return product_topk_triton
+
+
+def _group_pair(group_Q: Tensor | None, group_N: Tensor | None, name: str) -> GroupPair | None:
     if (group_Q is None) != (group_N is None):
         raise ValueError(f"{name}_group_Q and {name}_group_N belong together: give both or neither")
-    return () if group_Q is None else ((group_Q.long(), group_N.long()),)
+    return None if group_Q is None else (group_Q.long(), group_N.long())
 
 
 def _check(problem: Problem) -> None:
@@ -106,15 +125,25 @@ def _check(problem: Problem) -> None:
             raise ValueError(f"{name} features must share one floating dtype, not {query_QD.dtype} and {base_ND.dtype}")
     if problem.query_ids_Q.dtype != torch.int64 or problem.query_ids_Q.dim() != 1:
         raise ValueError(f"query_ids_Q must be an int64 vector, not {problem.query_ids_Q.dtype}")
-    for group_Q, group_N in problem.groups:
+    pairs = [pair for pair in problem.groups if pair is not None]
+    for group_Q, group_N in pairs:
         if group_Q.shape != (num_queries,) or group_N.shape != (num_base,):
             raise ValueError(
                 f"group numbers need one for each pair: {list(group_Q.shape)} and {list(group_N.shape)} "
                 f"for {num_queries} queries and {num_base} base pairs"
             )
-    tensors = (*problem.query_QD, *problem.base_ND, problem.query_ids_Q, *(g for pair in problem.groups for g in pair))
+    valid = [] if problem.valid_N is None else [problem.valid_N]
+    if valid and (valid[0].dtype != torch.bool or valid[0].shape != (num_base,)):
+        raise ValueError(
+            f"valid_N must be a bool vector of the {num_base} base pairs, not {valid[0].dtype} {list(valid[0].shape)}"
+        )
+    tensors = (*problem.query_QD, *problem.base_ND, problem.query_ids_Q, *(g for pair in pairs for g in pair), *valid)
     if len({tensor.device for tensor in tensors}) > 1:
         raise ValueError(f"all tensors must be on one device, not {sorted({str(t.device) for t in tensors})}")
+    _check_limits(problem)
+
+
+def _check_limits(problem: Problem) -> None:
     if isinstance(problem.k, bool) or not isinstance(problem.k, int) or problem.k < 1:
         raise ValueError(f"k={problem.k!r} must be an int of at least 1")
     for name, ceiling in zip(("image_ceiling", "text_ceiling"), problem.ceilings, strict=True):

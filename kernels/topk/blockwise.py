@@ -1,240 +1,173 @@
-"""The product top-k in tiles: screened in low precision with a proven bound, decided on exact float64 products.
+"""The sweep of the product top-k in torch: tiles of both products from rounded rows, bounded, sought by integer maxima.
 
-A tile's cosines come from bfloat16-rounded rows. With e and f bounds on their errors, (a + e)(b + f) is never below
-the true score and (a - e)(b - f) never above it: an entry whose upper bound does not beat the k-th best lower bound
-can be dropped; all others are kept and computed exactly in the end. So no tile size shows in the result, and memory is
-O(N + QK) and a tile.
+A tile's cosines are upper bounds (operands.py), rounded to bfloat16, and so is their product. Positive bfloat16 numbers are
+ordered as their 16-bit patterns, negative ones have negative patterns: one maximum of integers over eight entries tells
+which few are looked at in full. Those become survivors when their score may reach the query's threshold. So no tile size
+shows in the result, and memory is O(N + QK) and a tile.
 
-Shape letters: `Q` queries of a tile, `B` base rows of a tile, `N` base pairs, `D` embedding, `K` neighbours, `S`
-entries.
+Shape letters: `Q` queries, `R` queries of a tile, `B` base rows of a tile, `D` embedding, `S` entries.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kernels.rows.precision import bfloat16_units
-from kernels.topk.survivors import GroupLookup, Survivors, best_of_rows, exact_similarity
+from kernels.topk.exact import exact_similarity
+from kernels.topk.exclusion import ExclusionCount, group_entries, may_count, same_group
+from kernels.topk.operands import BFLOAT16_ROUNDING, full_float32_products, screening_product
+from kernels.topk.problem import NEAR, Problem
+from kernels.topk.search import Answer, exact_score, search_all
+from kernels.topk.survivors import OUTWARD, Chunk, Survivors
+from kernels.topk.tile import MAXIMUM_OF, BaseTile, base_tile, query_operands, self_entries
 
-QUERY_TILE = 1024
+# Queries searched together, so that base rows are prepared for many; and the tile of one screening product.
+QUERIES_TOGETHER = 4096
+QUERY_TILE = 512
 BASE_TILE = 2048
-# Entries are sought through maxima of this many: comparing every entry costs as much as a product.
-MAXIMUM_OF = 8
-FLOAT32_ROUNDING = 2.0**-24
-# Times k: more than this and the bounds cannot tell the entries apart (equal rows, say), so that memory needs exact
-# scores.
-MOST_SURVIVORS = 8
-EXCLUDED = -1.0
+UPWARD = (1 + BFLOAT16_ROUNDING) * (1 + 4 * OUTWARD)
+DOWNWARD = (1 - BFLOAT16_ROUNDING) * (1 - 4 * OUTWARD)
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One call's inputs, checked: image and text tower of queries and base, and what is excluded."""
+class Tiles:
+    """How many queries are searched together, and the rows of a screening product."""
 
-    query_QD: tuple[Tensor, Tensor]
-    base_ND: tuple[Tensor, Tensor]
-    k: int
-    query_ids_Q: Tensor
-    groups: tuple[tuple[Tensor, Tensor], ...]
-    ceilings: tuple[float, float]
-    floor: float
+    queries_together: int = QUERIES_TOGETHER
+    query_tile: int = QUERY_TILE
+    base_tile: int = BASE_TILE
 
 
-def product_topk_blockwise(
-    problem: Problem, *, query_tile: int = QUERY_TILE, base_tile: int = BASE_TILE
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(ids_QK, image_similarity_QK, text_similarity_QK, num_excluded_Q) of all queries, a tile of them at a time."""
-    lookups = [GroupLookup(group_N) for _, group_N in problem.groups]
-    base_norms = [row_norms(rows, base_tile) for rows in problem.base_ND]
-    results = []
-    for q0 in range(0, max(len(problem.query_ids_Q), 1), query_tile):
-        search = TileSearch(problem, slice(q0, q0 + query_tile), lookups, base_norms, base_tile)
-        with bfloat16_units():
-            for b0 in range(0, len(problem.base_ND[0]), base_tile):
-                search.offer(b0)
-        results.append((*search.finish(), search.num_excluded_Q))
-    return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+def product_topk_blockwise(problem: Problem, tiles: Tiles = Tiles()) -> tuple[Answer, ExclusionCount]:
+    """The answer and what was excluded, for all queries."""
+    with full_float32_products():
+        return search_all(problem, lambda *arguments: sweep(*arguments, tiles), tiles.queries_together)
 
 
-class TileSearch:
-    """The running state of one tile of queries: entries that may be among the k best, and each query's threshold."""
-
-    def __init__(
-        self,
-        problem: Problem,
-        rows: slice,
-        lookups: list[GroupLookup],
-        base_norms: list[tuple[Tensor, Tensor]],
-        base_tile: int,
-    ):
-        self.problem, self.base_norms, self.base_tile = problem, base_norms, base_tile
-        self.query_QD = [tower[rows] for tower in problem.query_QD]
-        self.rounded_QD = [rounded(tower) for tower in self.query_QD]
-        self.query_norms = [row_norms(tower, base_tile) for tower in self.query_QD]
-        self.ids_Q = problem.query_ids_Q[rows]
-        self.num_queries = len(self.ids_Q)
-        # A later entry must beat this; it rises with the k-th best score found.
-        self.threshold_Q = torch.full_like(self.ids_Q, 0, dtype=torch.float64) + problem.floor
-        self.survivors = Survivors.none(self.ids_Q.device)
-        self.capacity = 2 * self.num_queries * problem.k
-        groups = [group_Q[rows] for group_Q, _ in problem.groups]
-        self._exclude_groups([lookup.entries(group) for lookup, group in zip(lookups, groups, strict=True)])
-        size = self.num_queries * -(-base_tile // MAXIMUM_OF) * MAXIMUM_OF
-        self.buffers = [torch.empty(size, device=self.ids_Q.device) for _ in range(3)]
-
-    def _exclude_groups(self, entries: list[tuple[Tensor, Tensor]]) -> None:
-        """List each entry that is the query itself or of its groups, once, ascending by base id; count the latter."""
-        num_base = len(self.problem.base_ND[0])
-        self_rows = ((self.ids_Q >= 0) & (self.ids_Q < num_base)).nonzero()[:, 0]
-        rows_S = torch.cat([self_rows, *(rows for rows, _ in entries)])
-        ids_S = torch.cat([self.ids_Q[self_rows], *(ids for _, ids in entries)])
-        flat_S = torch.unique(ids_S * max(self.num_queries, 1) + rows_S)
-        self.excluded_rows_S = flat_S % max(self.num_queries, 1)
-        self.excluded_ids_S = flat_S // max(self.num_queries, 1)
-        others_S = self.excluded_ids_S != self.ids_Q[self.excluded_rows_S]
-        self.num_excluded_Q = torch.bincount(self.excluded_rows_S[others_S], minlength=self.num_queries)
-
-    def offer(self, b0: int) -> None:
-        """Screen the tile of base rows from `b0` and keep what could still be among the k best."""
-        b1 = min(b0 + self.base_tile, len(self.problem.base_ND[0]))
-        padded = -(-(b1 - b0) // MAXIMUM_OF) * MAXIMUM_OF
-        image, text, score = (flat[: self.num_queries * padded].view(self.num_queries, padded) for flat in self.buffers)
-        errors = [self._upper_cosine(tower, b0, b1, out) for tower, out in enumerate((image, text))]
-        first, last = torch.searchsorted(self.excluded_ids_S, torch.tensor([b0, b1], device=self.ids_Q.device)).tolist()
-        rows_S, columns_S = self.excluded_rows_S[first:last], self.excluded_ids_S[first:last] - b0
-        for upper in (image, text):
-            upper[:, b1 - b0 :] = EXCLUDED
-            upper[rows_S, columns_S] = EXCLUDED
-        self._exclude_near(image, text, b0)
-        if len(self.survivors) == 0:
-            self._raise_threshold(image, text, errors, score)
-        # One factor clamped is enough: a negative product is no survivor either.
-        torch.mul(image.relu_(), text, out=score)
-        # The product and its factors were rounded a few times. Not below 0, where what is excluded lies.
-        slack_Q = (self.threshold_Q * (1 - 16 * FLOAT32_ROUNDING) - 2.0**-60).clamp(min=0)
-        rows_S, columns_S = entries_above(score, slack_Q.float())
-        lower = [
-            (tower[rows_S, columns_S].double() - 2 * e[rows_S]).clamp(min=0)
-            for tower, e in ((image, errors[0]), (text, errors[1]))
-        ]
-        upper_S = score[rows_S, columns_S].double() * (1 + 16 * FLOAT32_ROUNDING)
-        lower_S = lower[0] * lower[1] * (1 - 16 * FLOAT32_ROUNDING)
-        self.survivors = self.survivors.joined(Survivors(rows_S, columns_S + b0, lower_S, upper_S))
-        if len(self.survivors) > self.capacity:
-            self._compact()
-            self.capacity = max(self.capacity, 2 * len(self.survivors))
-
-    def _upper_cosine(self, tower: int, b0: int, b1: int, out: Tensor) -> Tensor:
-        """Fill `out` with upper bounds of the cosines; returns the bound e of each query: the true one is within 2e
-        below."""
-        base_BD = self.problem.base_ND[tower][b0:b1]
-        rounded_BD = torch.nn.functional.pad(rounded(base_BD), (0, 0, 0, out.shape[1] - len(base_BD)))
-        torch.mm(self.rounded_QD[tower], rounded_BD.T, out=out)
-        query_norm_Q, query_residual_Q = self.query_norms[tower]
-        norm, residual = (values_N[b0:b1].max() for values_N in self.base_norms[tower])
-        # <x, y> - <r, s> = <x - r, s> + <x, y - s>, by Cauchy-Schwarz; then the float32 sum of D terms.
-        error_Q = query_residual_Q * (norm + residual) + query_norm_Q * residual
-        error_Q = error_Q + 1.01 * (base_BD.shape[1] + 4) * FLOAT32_ROUNDING * (query_norm_Q + query_residual_Q) * (
-            norm + residual
-        )
-        # Cast up, so that the float32 bound is one too.
-        out.add_((error_Q * (1 + 4 * FLOAT32_ROUNDING)).float()[:, None])
-        return error_Q * (1 + 8 * FLOAT32_ROUNDING)
-
-    def _exclude_near(self, image: Tensor, text: Tensor, b0: int) -> None:
-        """Exclude and count near-duplicates; entries whose bound passes a ceiling are decided exactly."""
-        found = []
-        for upper, ceiling in zip((image, text), self.problem.ceilings, strict=True):
-            if ceiling < 1:
-                limit_Q = torch.full((self.num_queries,), ceiling * (1 - 4 * FLOAT32_ROUNDING), device=upper.device)
-                found.append(torch.stack(entries_above(upper, limit_Q)))
-        if not found:
-            return
-        rows_S, columns_S = torch.unique(torch.cat(found, dim=1), dim=1)
-        exact = self._exact(rows_S, columns_S + b0)
-        near_S = torch.zeros_like(rows_S, dtype=torch.bool)
-        for similarity_S, ceiling in zip(exact, self.problem.ceilings, strict=True):
-            near_S |= (similarity_S > ceiling) & (ceiling < 1)
-        self.num_excluded_Q += torch.bincount(rows_S[near_S], minlength=self.num_queries)
-        image[rows_S[near_S], columns_S[near_S]] = EXCLUDED
-
-    def _raise_threshold(self, image: Tensor, text: Tensor, errors: list[Tensor], work: Tensor) -> None:
-        """The first tile has no k-th best yet: the k-th of maxima of lower bounds, each over other entries, is below
-        it."""
-        stride = image.shape[1] // MAXIMUM_OF
-        if stride < self.problem.k:
-            return
-        below = [(2 * error_Q * (1 + 4 * FLOAT32_ROUNDING)).float()[:, None] for error_Q in errors]
-        torch.sub(image, below[0], out=work).relu_().mul_((text - below[1]).relu_())
-        maxima = work.view(self.num_queries, MAXIMUM_OF, stride).amax(1)
-        kth_Q = maxima.topk(self.problem.k, dim=1).values[:, -1].double()
-        self.threshold_Q = torch.maximum(self.threshold_Q, kth_Q * (1 - 16 * FLOAT32_ROUNDING))
-
-    def _compact(self) -> None:
-        """Drop entries that cannot be among the k best; where bounds leave too many, decide exactly."""
-        survivors, k = self.survivors.sorted(), self.problem.k
-        lower_QM = survivors.dense(survivors.lower_S, self.num_queries)
-        if lower_QM.shape[1] >= k:
-            kth_Q = lower_QM.topk(k, dim=1).values[:, -1]
-            self.threshold_Q = torch.maximum(self.threshold_Q, kth_Q)
-        survivors = survivors.chosen(survivors.upper_S >= self.threshold_Q[survivors.rows_S])
-        if len(survivors) > MOST_SURVIVORS * self.num_queries * k:
-            similarity = self._exact(survivors.rows_S, survivors.ids_S)
-            score_S = similarity[0].clamp(min=0) * similarity[1].clamp(min=0)
-            kept_S, kth_Q = best_of_rows(survivors, score_S, self.num_queries, k)
-            self.threshold_Q = torch.maximum(self.threshold_Q, kth_Q)
-            survivors = Survivors(survivors.rows_S, survivors.ids_S, score_S, score_S).chosen(kept_S)
-        self.survivors = survivors
-
-    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(ids_QK, image_similarity_QK, text_similarity_QK) of this tile's queries, from exact scores."""
-        self._compact()
-        survivors, k = self.survivors, self.problem.k
-        similarity = self._exact(survivors.rows_S, survivors.ids_S)
-        score_S = similarity[0].clamp(min=0) * similarity[1].clamp(min=0)
-        above_S = score_S > self.problem.floor
-        survivors, score_S = survivors.chosen(above_S), score_S[above_S]
-        order_QM = survivors.dense(score_S, self.num_queries).sort(dim=1, descending=True, stable=True).indices[:, :k]
-        columns = [survivors.ids_S, *(values_S[above_S] for values_S in similarity)]
-        fills = (-1, 0.0, 0.0)
-        dense = [survivors.dense(values, self.num_queries, fill) for values, fill in zip(columns, fills, strict=True)]
-        taken = [values_QM.gather(1, order_QM) for values_QM in dense]
-        missing = k - order_QM.shape[1]
-        return tuple(
-            torch.nn.functional.pad(values, (0, missing), value=fill) for values, fill in zip(taken, fills, strict=True)
-        )
-
-    def _exact(self, rows_S: Tensor, ids_S: Tensor) -> list[Tensor]:
-        pairs = zip(self.query_QD, self.problem.base_ND, strict=True)
-        return [exact_similarity(query_QD, base_ND, rows_S, ids_S) for query_QD, base_ND in pairs]
+def sweep(problem: Problem, threshold_Q: Tensor, excluded: ExclusionCount | None, tiles: Tiles) -> Survivors:
+    """Every entry whose score may reach its query's threshold; see `search.Sweep`."""
+    survivors = Survivors(threshold_Q, problem.k)
+    screen = Screen(problem, survivors, excluded, tiles)
+    for start in range(0, problem.num_base if problem.num_queries else 0, tiles.base_tile):
+        screen.offer(slice(start, min(start + tiles.base_tile, problem.num_base)))
+    return survivors
 
 
-def entries_above(values_QB: Tensor, limit_Q: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows_S, columns_S) of the entries strictly above their row's limit, rows ascending; width a multiple of
-    MAXIMUM_OF."""
-    stride = values_QB.shape[1] // MAXIMUM_OF
-    hit = values_QB.view(len(values_QB), MAXIMUM_OF, stride).amax(1) > limit_Q[:, None]
-    rows_S, column_S = hit.nonzero(as_tuple=True)
-    members = column_S[:, None] + stride * torch.arange(MAXIMUM_OF, device=column_S.device)
-    above = values_QB[rows_S[:, None], members] > limit_Q[rows_S, None]
-    return rows_S[:, None].expand_as(members)[above], members[above]
+class Screen:
+    """Offers base rows, a tile at a time, to all queries of a problem."""
+
+    def __init__(self, problem: Problem, survivors: Survivors, excluded: ExclusionCount | None, tiles: Tiles):
+        self.problem, self.survivors, self.excluded, self.tiles = problem, survivors, excluded, tiles
+        self.operands = query_operands(problem)
+        size = min(tiles.query_tile, problem.num_queries) * -(-tiles.base_tile // MAXIMUM_OF) * MAXIMUM_OF
+        # Image, text, product.
+        self.buffers = [torch.empty(size, dtype=torch.bfloat16, device=problem.device) for _ in range(3)]
+
+    def offer(self, ids: slice) -> None:
+        """Screen the base rows `ids` and keep what could still be among the k best."""
+        tile = base_tile(self.problem, ids)
+        # What its factors and it itself lost by rounding.
+        limit_Q = pattern_below(self.survivors.threshold_Q / UPWARD**3)
+        parts = []
+        for start in range(0, self.problem.num_queries, self.tiles.query_tile):
+            rows = slice(start, min(start + self.tiles.query_tile, self.problem.num_queries))
+            parts.append(TileScreen(self, tile, rows).survivors(limit_Q[rows, None]))
+        self.survivors.append(Chunk(*(torch.cat(columns) for columns in zip(*parts, strict=True))))
+        if self.survivors.is_full:
+            self.survivors.compact(lambda rows_S, ids_S: exact_score(self.problem, rows_S, ids_S)[2])
 
 
-def rounded(rows_BD: Tensor) -> Tensor:
-    """float32 rows with bfloat16 values: products of these are exact on bfloat16 units, sums are float32's."""
-    return rows_BD.bfloat16().float()
+class TileScreen:
+    """One tile of queries against one of base rows: bounded cosines, and what follows from them."""
+
+    def __init__(self, screen: Screen, tile: BaseTile, rows: slice):
+        self.problem, self.excluded, self.tile, self.rows = screen.problem, screen.excluded, tile, rows
+        self.threshold_Q = screen.survivors.threshold_Q
+        self.shape = (rows.stop - rows.start, tile.width)
+        *self.cosines, self.scores = (flat[: math.prod(self.shape)].view(self.shape) for flat in screen.buffers)
+        self.errors = []
+        for query, base, out in zip(screen.operands, tile.operands, self.cosines, strict=True):
+            screening_product(query.rows_BE[rows], base.rows_BE, out)
+            error_R = query.first_B[rows] * base.first_B.max() + query.second_B[rows] * base.second_B.max()
+            self.errors.append(error_R * (1 + 4 * OUTWARD))
+
+    def survivors(self, limit_R1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(rows_S ascending, ids_S, lower_S, upper_S) of the entries that may reach their query's threshold."""
+        image, text = self.cosines
+        for rows_S, columns_S in self._excluded():
+            image[rows_S, columns_S] = 0
+        # A negative cosine counts as zero; in one factor that is enough. A negative number has a negative pattern.
+        image.view(torch.int16).clamp_(min=0)
+        torch.mul(image, text, out=self.scores)
+        rows_S, flat_S = entries_above(self.scores.view(torch.int16), limit_R1)
+        image_S, text_S = (cosine.view(-1)[flat_S].float() for cosine in self.cosines)
+        upper_S = image_S * text_S * UPWARD**2
+        keep = (upper_S >= self.threshold_Q[rows_S + self.rows.start]).nonzero()[:, 0]
+        rows_S, flat_S, upper_S = rows_S[keep], flat_S[keep], upper_S[keep]
+        lower_S = self._lower(0, image_S[keep], rows_S) * self._lower(1, text_S[keep], rows_S) * DOWNWARD
+        return rows_S + self.rows.start, self.tile.ids_B[flat_S % self.shape[1]], lower_S, upper_S
+
+    def _lower(self, tower: int, cosine_S: Tensor, rows_S: Tensor) -> Tensor:
+        """float32 [S]: at most the true cosine, or zero."""
+        return (cosine_S * DOWNWARD - 2 * self.errors[tower][rows_S]).clamp(min=0)
+
+    def _excluded(self) -> list[tuple[Tensor, Tensor]]:
+        """(rows_S, columns_S) of what is no candidate; counted by cause where counts are wanted."""
+        entries = [self_entries(self.problem, self.rows, self.tile.ids_B)]
+        found = list(group_entries(self.problem, self.rows, self.tile.lookups, self.tile.ids_B))
+        for cause, rows_S, columns_S, counted_S in [*found, *self._near()]:
+            entries.append((rows_S, columns_S))
+            if self.excluded is not None:
+                rows_S, ids_S = rows_S[counted_S] + self.rows.start, self.tile.ids_B[columns_S[counted_S]]
+                self.excluded.add(cause, rows_S, ids_S)
+        return entries
+
+    def _near(self) -> list[tuple[int, Tensor, Tensor, Tensor]]:
+        """(cause, rows_S, columns_S, counted_S) of the entries above a ceiling."""
+        entries, earlier = [], None
+        for tower, ceiling in enumerate(self.problem.ceilings):
+            if ceiling == 1:
+                continue
+            flat_S = self._above_ceiling(tower, ceiling)
+            rows_S, columns_S = flat_S // self.shape[1], flat_S % self.shape[1]
+            queries_S, ids_S = rows_S + self.rows.start, self.tile.ids_B[columns_S]
+            counted_S = may_count(self.problem, queries_S, ids_S) & ~same_group(self.problem, queries_S, ids_S)
+            if earlier is not None:
+                counted_S &= ~torch.isin(flat_S, earlier)
+            earlier = flat_S
+            entries.append((NEAR + tower, rows_S, columns_S, counted_S))
+        return entries
+
+    def _above_ceiling(self, tower: int, ceiling: float) -> Tensor:
+        """Flat numbers of the entries whose cosine is above `ceiling`, decided exactly where the bounds do not."""
+        cosine = self.cosines[tower]
+        limit = pattern_below(torch.tensor([ceiling / UPWARD], device=self.problem.device))[:, None]
+        rows_S, flat_S = entries_above(cosine.view(torch.int16), limit)
+        above_S = self._lower(tower, cosine.view(-1)[flat_S].float(), rows_S) > ceiling
+        open_S = (~above_S).nonzero()[:, 0]
+        if len(open_S):
+            ids_S = self.tile.ids_B[flat_S[open_S] % self.shape[1]]
+            query_QD, base_ND = self.problem.query_QD[tower], self.problem.base_ND[tower]
+            exact_S = exact_similarity(query_QD, base_ND, rows_S[open_S] + self.rows.start, ids_S)
+            above_S[open_S] = exact_S > ceiling
+        return flat_S[above_S]
 
 
-def row_norms(rows_ND: Tensor, tile: int) -> tuple[Tensor, Tensor]:
-    """float64 (norm_N, norm of what rounding to bfloat16 takes away_N). ValueError for a row that is not finite."""
-    norm_N = torch.zeros(len(rows_ND), dtype=torch.float64, device=rows_ND.device)
-    residual_N = torch.zeros_like(norm_N)
-    for start in range(0, len(rows_ND), tile):
-        exact = rows_ND[start : start + tile].double()
-        norm_N[start : start + tile] = exact.norm(dim=1)
-        residual_N[start : start + tile] = (exact - rounded(rows_ND[start : start + tile])).norm(dim=1)
-    if not norm_N.isfinite().all():
-        row = int((~norm_N.isfinite()).nonzero()[0])
-        raise ValueError(f"features must be finite, but row {row} holds NaN or infinity: leave such pairs out")
-    return norm_N, residual_N
+def pattern_below(numbers_X: Tensor) -> Tensor:
+    """int16: that of the largest bfloat16 number below the float32 number, at least 0."""
+    below_X = torch.nextafter(numbers_X, torch.zeros_like(numbers_X))
+    return (below_X.clamp(min=0).view(torch.int32) >> 16).to(torch.int16)
+
+
+def entries_above(values_RB: Tensor, limit_R1: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows_S ascending, flat_S) of the entries strictly above their row's limit; width a multiple of MAXIMUM_OF."""
+    stride = values_RB.shape[1] // MAXIMUM_OF
+    hit = values_RB.view(len(values_RB), MAXIMUM_OF, stride).amax(1) > limit_R1
+    hit_H = hit.view(-1).nonzero()[:, 0]
+    row_H = hit_H // stride
+    first_H = hit_H + row_H * (values_RB.shape[1] - stride)
+    members_HM = first_H[:, None] + stride * torch.arange(MAXIMUM_OF, device=hit_H.device)
+    limit_R = limit_R1.expand(len(values_RB), 1)[:, 0]
+    above = (values_RB.view(-1)[members_HM] > limit_R[row_H, None]).view(-1).nonzero()[:, 0]
+    return row_H[above // MAXIMUM_OF], members_HM.view(-1)[above]

@@ -1,100 +1,118 @@
-"""Entries (query, base id) in coordinate form, and what is decided on them.
+"""Entries (query, base id) that may still be among the k best, with bounds on their scores.
 
-Shape letters: `Q` queries of a tile, `M` most entries of any query, `N` base pairs, `D` embedding, `K` neighbours, `S`
-entries.
+Shape letters: `Q` queries, `M` most entries of any query, `K` neighbours, `S` entries.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-EXACT_CHUNK = 1024
+# One upward or downward step of a bound that was rounded to float32.
+OUTWARD = 2.0**-23
+# Times k, and beside it: where bounds leave more, memory needs exact scores.
+MOST_OF_K, MOST_BESIDE = 3, 256
 
 
 @dataclass(frozen=True)
-class Survivors:
-    """Entries that may be among the k best: query row, base id, bounds on the score (float64), [S] each."""
+class Chunk:
+    """Entries of some base rows: query rows ascending, base ids, and bounds on the score (float32); [S] each."""
 
     rows_S: Tensor
     ids_S: Tensor
     lower_S: Tensor
     upper_S: Tensor
 
-    @classmethod
-    def none(cls, device: torch.device) -> "Survivors":
-        integers, floats = (
-            torch.zeros(0, dtype=torch.int64, device=device),
-            torch.zeros(0, dtype=torch.float64, device=device),
-        )
-        return cls(integers, integers, floats, floats)
-
     def __len__(self) -> int:
         return len(self.rows_S)
 
-    def columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.rows_S, self.ids_S, self.lower_S, self.upper_S
-
-    def joined(self, other: "Survivors") -> "Survivors":
-        return Survivors(*(torch.cat(pair) for pair in zip(self.columns(), other.columns(), strict=True)))
-
-    def chosen(self, which_S: Tensor) -> "Survivors":
-        return Survivors(*(column[which_S] for column in self.columns()))
-
-    def sorted(self) -> "Survivors":
-        """By query, then by base id, so that stable sorts by score leave ties in ascending id."""
-        key_S = self.rows_S * (int(self.ids_S.max()) + 1 if len(self) else 1) + self.ids_S
-        return self.chosen(torch.argsort(key_S))
-
-    def dense(self, values_S: Tensor, num_queries: int, fill: float = -1.0) -> Tensor:
-        """[Q, M] of each query's values in this order, `fill` after them; needs rows in ascending order."""
-        count_Q = torch.bincount(self.rows_S, minlength=num_queries)
-        width = int(count_Q.max()) if num_queries else 0
-        first_Q = count_Q.cumsum(0) - count_Q
-        position_S = torch.arange(len(self.rows_S), device=self.rows_S.device) - first_Q[self.rows_S]
-        dense_QM = torch.full((num_queries, width), fill, dtype=values_S.dtype, device=values_S.device)
-        dense_QM[self.rows_S, position_S] = values_S
-        return dense_QM
+    def chosen(self, which_S: Tensor) -> "Chunk":
+        keep = which_S.nonzero()[:, 0]
+        return Chunk(*(column[keep] for column in (self.rows_S, self.ids_S, self.lower_S, self.upper_S)))
 
 
-class GroupLookup:
-    """Finds the base rows of equal group number by one sort, so that a query costs what it finds."""
+class Survivors:
+    """Chunks in order of base rows, and the score that an entry must reach; it rises with the k-th best bound found."""
 
-    def __init__(self, group_N: Tensor):
-        self.sorted_N, self.order_N = torch.sort(group_N, stable=True)
+    def __init__(self, threshold_Q: Tensor, k: int):
+        self.threshold_Q, self.k = threshold_Q, k
+        self.chunks: list[Chunk] = []
+        self.num_entries = 0
+        self.capacity = len(threshold_Q) * (MOST_OF_K * k + MOST_BESIDE)
 
-    def entries(self, group_Q: Tensor) -> tuple[Tensor, Tensor]:
-        """(query rows_S, base ids_S) of all entries of equal group number."""
-        group_Q = group_Q.contiguous()
-        first_Q = torch.searchsorted(self.sorted_N, group_Q, side="left")
-        count_Q = torch.searchsorted(self.sorted_N, group_Q, side="right") - first_Q
-        rows_S = torch.repeat_interleave(count_Q)
-        offset_S = torch.arange(len(rows_S), device=rows_S.device) - (count_Q.cumsum(0) - count_Q)[rows_S]
-        return rows_S, self.order_N[first_Q[rows_S] + offset_S]
+    def append(self, chunk: Chunk) -> None:
+        if len(chunk):
+            self.chunks.append(chunk)
+            self.num_entries += len(chunk)
+
+    @property
+    def is_full(self) -> bool:
+        return self.num_entries > self.capacity
+
+    def compact(self, exact_score: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Raise thresholds, drop what is below; where bounds still leave too much, keep the exact k best of each."""
+        self.threshold_Q = torch.maximum(self.threshold_Q, self.kth_lower_bound())
+        self._keep([chunk.chosen(chunk.upper_S >= self.threshold_Q[chunk.rows_S]) for chunk in self.chunks])
+        if self.num_entries > self.capacity // 2:
+            self._decide(exact_score)
+
+    def kth_lower_bound(self) -> Tensor:
+        """float32 [Q]: at most the k-th best score; 0 where there are fewer entries."""
+        lower_QM = dense_rows(self.chunks, [chunk.lower_S for chunk in self.chunks], len(self.threshold_Q), 0.0)
+        if lower_QM.shape[1] < self.k:
+            return torch.zeros_like(self.threshold_Q)
+        return lower_QM.topk(self.k, dim=1, sorted=False).values.amin(1)
+
+    def _keep(self, chunks: list[Chunk]) -> None:
+        self.chunks = [chunk for chunk in chunks if len(chunk)]
+        self.num_entries = sum(len(chunk) for chunk in self.chunks)
+
+    def _decide(self, exact_score: Callable[[Tensor, Tensor], Tensor]) -> None:
+        scores = [exact_score(chunk.rows_S, chunk.ids_S) for chunk in self.chunks]
+        num_queries = len(self.threshold_Q)
+        score_QM = dense_rows(self.chunks, scores, num_queries, -1.0)
+        ids_QM = dense_rows(self.chunks, [chunk.ids_S for chunk in self.chunks], num_queries, -1)
+        order_QK = best_first(score_QM, ids_QM, self.k)
+        best = torch.zeros_like(score_QM, dtype=torch.bool).scatter_(1, order_QK, True)
+        if order_QK.shape[1] == self.k:
+            kth_Q = score_QM.gather(1, order_QK[:, -1:])[:, 0].clamp(min=0)
+            self.threshold_Q = torch.maximum(self.threshold_Q, (kth_Q * (1 - OUTWARD)).float())
+        kept = []
+        for chunk, score_S, place_S in zip(self.chunks, scores, places(self.chunks, num_queries)[0], strict=True):
+            lower_S, upper_S = ((score_S * (1 + side * OUTWARD)).float() for side in (-1, 1))
+            bounded = Chunk(chunk.rows_S, chunk.ids_S, lower_S, upper_S)
+            kept.append(bounded.chosen(best[chunk.rows_S, place_S]))
+        self._keep(kept)
 
 
-def best_of_rows(survivors: Survivors, score_S: Tensor, num_queries: int, k: int) -> tuple[Tensor, Tensor]:
-    """(bool_S of the k best of each query, ties by lower id; k-th best score_Q or -1), for sorted survivors."""
-    score_QM = survivors.dense(score_S, num_queries)
-    order_QK = score_QM.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    kept_QM = torch.zeros_like(score_QM, dtype=torch.bool).scatter_(1, order_QK, True)
-    count_Q = torch.bincount(survivors.rows_S, minlength=num_queries)
-    is_entry_QM = torch.arange(score_QM.shape[1], device=score_S.device) < count_Q[:, None]
-    kth_Q = (
-        score_QM.gather(1, order_QK[:, -1:])[:, 0] if order_QK.shape[1] == k else score_S.new_full((num_queries,), -1)
-    )
-    # Row-major order of the dense matrix is the survivors' own.
-    return kept_QM[is_entry_QM], kth_Q
+def places(chunks: list[Chunk], num_queries: int) -> tuple[list[Tensor], Tensor]:
+    """Number of each entry among its query's, over the chunks in order; and how many each query has."""
+    device = chunks[0].rows_S.device if chunks else None
+    count_Q = torch.zeros(num_queries, dtype=torch.int64, device=device)
+    found = []
+    for chunk in chunks:
+        new_Q = torch.bincount(chunk.rows_S, minlength=num_queries)
+        shift_Q = count_Q - (new_Q.cumsum(0) - new_Q)
+        found.append(shift_Q[chunk.rows_S] + torch.arange(len(chunk), device=device))
+        count_Q = count_Q + new_Q
+    return found, count_Q
 
 
-def exact_similarity(query_QD: Tensor, base_ND: Tensor, rows_S: Tensor, ids_S: Tensor) -> Tensor:
-    """float64 [S] dot products, each summed by itself in a fixed order: exact for float16 unit rows."""
-    similarity_S = torch.zeros(len(rows_S), dtype=torch.float64, device=rows_S.device)
-    # float32 holds a product of two 16-bit numbers exactly; wider rows are multiplied in float64.
-    dtype = torch.float32 if base_ND.dtype in (torch.float16, torch.bfloat16) else torch.float64
-    query_QD = query_QD.to(dtype)
-    for start in range(0, len(rows_S), EXACT_CHUNK):
-        part = slice(start, start + EXACT_CHUNK)
-        base_SD = base_ND.index_select(0, ids_S[part]).to(dtype)
-        similarity_S[part] = base_SD.mul_(query_QD.index_select(0, rows_S[part])).sum(1, dtype=torch.float64)
-    return similarity_S
+def dense_rows(chunks: list[Chunk], values: list[Tensor], num_queries: int, fill: float) -> Tensor:
+    """[Q, M]: each query's values in the order of the chunks, `fill` after them."""
+    if not chunks:
+        return torch.empty(num_queries, 0)
+    place, count_Q = places(chunks, num_queries)
+    width = int(count_Q.max())
+    dense_QM = torch.full((num_queries, width), fill, dtype=values[0].dtype, device=count_Q.device)
+    for chunk, values_S, place_S in zip(chunks, values, place, strict=True):
+        dense_QM.view(-1).index_copy_(0, chunk.rows_S * width + place_S, values_S)
+    return dense_QM
+
+
+def best_first(score_QM: Tensor, ids_QM: Tensor, k: int) -> Tensor:
+    """Columns of at most k best of each row: descending score, ties by the lower id."""
+    by_id_QM = ids_QM.argsort(dim=1)
+    order_QM = score_QM.gather(1, by_id_QM).sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return by_id_QM.gather(1, order_QM)
