@@ -79,10 +79,12 @@ def contrastive_loss(
     Gradients follow open_clip's ClipLoss(local_loss=True, gather_with_grad=True): a rank's feature gradients are world
     size times the gradient of the global mean, and the mean over ranks of the logit_scale gradients is exact, so an
     engine that averages gradients over ranks ends with the exact gradient. Nothing is computed for an input that needs
-    no gradient. Memory beyond inputs, gathered rows and gradients is O(B + G) and a tile. Collective: every rank of
-    the group calls.
+    no gradient; the loss can be differentiated once. Memory beyond inputs, gathered rows and gradients (in float32
+    until the last step) is O(B + G) and a tile. torch.compile takes the call whole (except `reference`). Collective:
+    every rank of the group calls, with the same scale and settings.
 
-    Raises ValueError or TypeError for a wrong shape, dtype, device, group layout or setting.
+    Raises ValueError or TypeError for a wrong shape, dtype, device, group layout or setting, and ValueError on every
+    rank where ranks disagree.
     Sources: CLIP (Radford et al. 2021) figure 3; HELIP (arXiv 2305.05208) equation 6 for the margin.
     """
     options = _checked_options(
@@ -150,11 +152,11 @@ def _checked_options(
         raise ValueError(f"label_smoothing={label_smoothing} must be at least 0 and below 1")
     check_backend(backend, gradient_operand)
     return Options(
-        hard_per_anchor,
-        float(margin_weight),
-        margin_space,
-        margin_direction,
-        float(label_smoothing),
-        backend,
-        gradient_operand,
+        backend=backend,
+        gradient_operand=gradient_operand,
+        hard_per_anchor=hard_per_anchor,
+        margin_weight=float(margin_weight),
+        margin_space=margin_space,
+        margin_direction=margin_direction,
+        label_smoothing=float(label_smoothing),
     )

@@ -5,43 +5,29 @@ any number.
 """
 
 from dataclasses import dataclass, fields
-from types import ModuleType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from kernels.contrastive import blockwise
 from kernels.rows.function import Layout
+from kernels.rows.options import SweepOptions
 
 
 @dataclass(frozen=True)
-class Options:
-    """The loss's settings as the public call took them, checked. One process runs all sweeps on one backend."""
+class Options(SweepOptions):
+    """The loss's settings as the public call took them, checked."""
+
+    package: ClassVar[str] = "kernels.contrastive"
 
     hard_per_anchor: int = 0
     margin_weight: float = 0.0
     margin_space: str = "cosine"
     margin_direction: str = "both"
     label_smoothing: float = 0.0
-    backend: str = "blockwise"
-    gradient_operand: str = "precise"
     row_tile: int = blockwise.ROW_TILE
     column_tile: int = blockwise.COLUMN_TILE
-
-    @property
-    def sweeps(self) -> ModuleType:
-        """The module whose forward_sweep and gradient_sweep do the work."""
-        if self.backend == "triton":
-            # Only who asks for Triton loads it.
-            from kernels.contrastive import kernel
-
-            return kernel
-        return blockwise
-
-    @property
-    def gradient_settings(self) -> dict[str, str]:
-        """What only Triton's gradient sweep takes: the tiled one is always precise."""
-        return {"gradient_operand": self.gradient_operand} if self.backend == "triton" else {}
 
     @property
     def group_rows(self) -> int:

@@ -7,7 +7,6 @@ Shape letters: `B` rows of this rank, `G` rows of all ranks, `D` embedding.
 
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
 from typing import ClassVar
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from kernels.contrastive.blockwise import row_dots, tiles
 from kernels.rows.function import Layout, Towers, reduce_vector
 from kernels.rows.gradient import Wanted, sweep_towers
+from kernels.rows.options import SweepOptions
 from kernels.rows.precision import accumulation_dtype
 from kernels.rows.registration import Loss, register
 from kernels.sigmoid import blockwise
@@ -25,32 +25,16 @@ from kernels.sigmoid.reference import sigmoid_reference
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(SweepOptions):
     """The call's settings, checked."""
 
-    backend: str = "blockwise"
-    gradient_operand: str = "precise"
     row_tile: int = blockwise.ROW_TILE
     column_tile: int = blockwise.COLUMN_TILE
 
+    package: ClassVar[str] = "kernels.sigmoid"
     # Rows stand alone here, and no setting changes what the loss means.
     group_rows: ClassVar[int] = 1
     agreed: ClassVar[dict[str, float | str]] = {}
-
-    @property
-    def sweeps(self) -> ModuleType:
-        """The module whose negative_sum and gradient_sweep do the work."""
-        if self.backend == "triton":
-            # Only who asks for Triton loads it.
-            from kernels.sigmoid import kernel
-
-            return kernel
-        return blockwise
-
-    @property
-    def gradient_settings(self) -> dict[str, str]:
-        """What only Triton's gradient sweep takes: the tiled one is always precise."""
-        return {"gradient_operand": self.gradient_operand} if self.backend == "triton" else {}
 
 
 def forward(
