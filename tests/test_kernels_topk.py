@@ -150,6 +150,31 @@ def test_no_queries_and_no_base_give_empty_answers(backend):
     assert found.ids_QK.tolist() == [[-1] * 3] * 2
 
 
+@pytest.mark.parametrize("backend", ["reference", "blockwise"])
+@pytest.mark.parametrize("spread", [1.0, 3.0])
+def test_search_in_parts_of_the_base_goes_on_from_the_score_reached(backend, spread):
+    base = towers(90, spread=spread)
+    queries = torch.arange(0, 90, 3)
+    whole = search(base, queries, 12, backend="reference")
+    ids, score = torch.zeros(30, 0, dtype=torch.int64), torch.zeros(30, 0, dtype=torch.float64)
+    floor, listed = torch.zeros(30, dtype=torch.float64), 0
+    for start in range(0, 90, 30):
+        part = [rows[start : start + 30] for rows in base]
+        own = torch.where((queries >= start) & (queries < start + 30), queries - start, -1)
+        found = product_topk(
+            base[0][queries], base[1][queries], *part, 12, query_ids_Q=own, floor=floor, backend=backend
+        )
+        listed += int((found.ids_QK >= 0).sum())
+        ids = torch.cat([ids, found.ids_QK.where(found.ids_QK < 0, found.ids_QK + start)], dim=1)
+        score = torch.cat([score, found.image_similarity_QK * found.text_similarity_QK], dim=1)
+        score, order = score.sort(dim=1, descending=True, stable=True)
+        ids, score = ids.gather(1, order)[:, :12], score[:, :12]
+        floor = score[:, -1].contiguous()
+    assert ids.equal(whole.ids_QK)
+    # Without the floor every part would list twelve for nearly every query.
+    assert listed < 3 * 30 * 12 * 0.8
+
+
 def test_matrix_precision_is_as_before_afterwards():
     search(towers(20), torch.arange(20), 3, backend="blockwise")
     assert torch.get_float32_matmul_precision() == "highest"
@@ -160,6 +185,8 @@ def test_matrix_precision_is_as_before_afterwards():
     [
         ({"k": 0}, "k=0 must be an int of at least 1"),
         ({"floor": 1.0}, r"floor=1.0 .* must lie in \[0, 1\)"),
+        ({"floor": torch.zeros(3, dtype=torch.float64)}, "float64 with one for each of 4 queries"),
+        ({"floor": torch.full((4,), -0.1, dtype=torch.float64)}, "floor holds a negative number"),
         ({"image_ceiling": 0.0}, r"image_ceiling=0.0 .* must lie in \(0, 1\]"),
         ({"text_ceiling": 1.5}, "text_ceiling=1.5"),
         ({"query_ids_Q": torch.arange(3)}, "rows do not match"),

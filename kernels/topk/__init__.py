@@ -45,7 +45,7 @@ def product_topk(
     query_ids_Q: Tensor,
     image_ceiling: float = 1.0,
     text_ceiling: float = 1.0,
-    floor: float = 0.0,
+    floor: float | Tensor = 0.0,
     image_group_Q: Tensor | None = None,
     image_group_N: Tensor | None = None,
     text_group_Q: Tensor | None = None,
@@ -60,7 +60,8 @@ def product_topk(
     query_ids_Q: int64, each query's own row in the base, never its hard pair; -1 for a query from elsewhere.
     image_ceiling, text_ceiling: in (0, 1]; a base pair of greater similarity is a near-duplicate, excluded and
     counted. 1 is off.
-    floor: in [0, 1); hard pairs score strictly above it.
+    floor: in [0, 1), or float64 [Q], one for each query; hard pairs score strictly above it. The k-th best score of an
+        earlier part of the base as floor goes on with a search: what it lists and what this call lists hold the k best.
     image_group_Q with image_group_N, text_group_Q with text_group_N: int64 or int32 group numbers of duplicates; base
         pairs of the query's number are excluded and counted.
     valid_N: bool; base pairs that are False are nobody's hard pair and not counted, and may hold anything.
@@ -137,7 +138,9 @@ def _check(problem: Problem) -> None:
         raise ValueError(
             f"valid_N must be a bool vector of the {num_base} base pairs, not {valid[0].dtype} {list(valid[0].shape)}"
         )
-    tensors = (*problem.query_QD, *problem.base_ND, problem.query_ids_Q, *(g for pair in pairs for g in pair), *valid)
+    floor = [problem.floor] if isinstance(problem.floor, Tensor) else []
+    groups = [group for pair in pairs for group in pair]
+    tensors = (*problem.query_QD, *problem.base_ND, problem.query_ids_Q, *groups, *valid, *floor)
     if len({tensor.device for tensor in tensors}) > 1:
         raise ValueError(f"all tensors must be on one device, not {sorted({str(t.device) for t in tensors})}")
     _check_limits(problem)
@@ -149,5 +152,13 @@ def _check_limits(problem: Problem) -> None:
     for name, ceiling in zip(("image_ceiling", "text_ceiling"), problem.ceilings, strict=True):
         if not 0 < ceiling <= 1:
             raise ValueError(f"{name}={ceiling} is a cosine limit, it must lie in (0, 1]; 1 switches it off")
-    if not 0 <= problem.floor < 1:
+    if isinstance(problem.floor, Tensor):
+        if problem.floor.shape != (problem.num_queries,) or problem.floor.dtype != torch.float64:
+            raise ValueError(
+                f"floor must be one number, or float64 with one for each of {problem.num_queries} queries, "
+                f"not {problem.floor.dtype} {list(problem.floor.shape)}"
+            )
+        if not (problem.floor >= 0).all():
+            raise ValueError("floor holds a negative number or NaN; scores are products of cosines, at least 0")
+    elif not 0 <= problem.floor < 1:
         raise ValueError(f"floor={problem.floor} is a product of two cosines, it must lie in [0, 1)")

@@ -25,7 +25,7 @@ class Problem:
     query_ids_Q: Tensor
     groups: tuple[GroupPair | None, GroupPair | None] = (None, None)
     ceilings: tuple[float, float] = (1.0, 1.0)
-    floor: float = 0.0
+    floor: float | Tensor = 0.0
     valid_N: Tensor | None = None
 
     @property
@@ -35,6 +35,13 @@ class Problem:
     @property
     def num_base(self) -> int:
         return len(self.base_ND[0])
+
+    @property
+    def floor_Q(self) -> Tensor:
+        """float64."""
+        if isinstance(self.floor, Tensor):
+            return self.floor
+        return torch.full((self.num_queries,), self.floor, dtype=torch.float64, device=self.device)
 
     @property
     def device(self) -> torch.device:
@@ -47,4 +54,5 @@ class Problem:
             query_QD=tuple(tower[rows] for tower in self.query_QD),
             query_ids_Q=self.query_ids_Q[rows],
             groups=tuple(None if pair is None else (pair[0][rows], pair[1]) for pair in self.groups),
+            floor=self.floor[rows] if isinstance(self.floor, Tensor) else self.floor,
         )

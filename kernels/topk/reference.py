@@ -27,7 +27,7 @@ def product_topk_reference(problem: Problem) -> tuple[Tensor, ...]:
         lowest_Q = F.pad(ids_QN, (0, 1), value=problem.num_base).amin(1)
         examples.append(lowest_Q.masked_fill(lowest_Q == problem.num_base, -1))
         barred_QN = barred_QN | cause_QN
-    allowed_QN = (score_QN > problem.floor) & ~barred_QN
+    allowed_QN = (score_QN > problem.floor_Q[:, None]) & ~barred_QN
     # A stable sort keeps the lower id first among equals.
     ranked = score_QN.masked_fill(~allowed_QN, -1).sort(dim=1, descending=True, stable=True)
     order_QK = ranked.indices[:, : problem.k]

@@ -51,16 +51,20 @@ def search_all(problem: Problem, sweep: Sweep, queries_together: int) -> tuple[A
 
 def search(problem: Problem, sweep: Sweep, excluded: ExclusionCount) -> Answer:
     """The exact answer for all queries of the problem; fills `excluded`."""
-    least = problem.floor * (1 - OUTWARD)
-    threshold_Q = guessed_thresholds(problem).clamp(min=least)
+    least_Q = (problem.floor_Q * (1 - OUTWARD)).float()
+    threshold_Q = least_Q
+    if not (isinstance(problem.floor, Tensor) and (least_Q > 0).all()):
+        # A floor of each query's own comes from another part of the base, and is a better guess than a sample's.
+        threshold_Q = torch.maximum(guessed_thresholds(problem), least_Q)
     survivors = sweep(problem, threshold_Q, excluded)
     answer = decide(problem, survivors)
     # A later sweep starts from the k-th best found, which is proven to be below the k-th best there is.
     kth_Q = answer.score_QK[:, -1]
-    missed = ((survivors.threshold_Q > kth_Q) & (survivors.threshold_Q > least)).nonzero()[:, 0]
+    missed = ((survivors.threshold_Q > kth_Q) & (survivors.threshold_Q > least_Q)).nonzero()[:, 0]
     if len(missed):
         again = problem.of_queries(missed)
-        found = decide(again, sweep(again, (kth_Q[missed] * (1 - OUTWARD)).float().clamp(min=least), None))
+        lower_Q = torch.maximum((kth_Q[missed] * (1 - OUTWARD)).float(), least_Q[missed])
+        found = decide(again, sweep(again, lower_Q, None))
         answer = Answer(*(a.index_copy(0, missed, b) for a, b in zip(answer.columns(), found.columns(), strict=True)))
     return answer
 
@@ -82,7 +86,7 @@ def decide(problem: Problem, survivors: Survivors) -> Answer:
     ids_QM = dense_rows(chunks, [chunk.ids_S for chunk in chunks], num_queries, -1)
     score_QM = dense_rows(chunks, [chunk.lower_S for chunk in chunks], num_queries, -1.0)
     order_QK = best_first(score_QM, ids_QM, k)
-    missing_QK = score_QM.gather(1, order_QK) <= problem.floor
+    missing_QK = score_QM.gather(1, order_QK) <= problem.floor_Q[:, None]
     matrices = [dense_rows(chunks, [pair[tower] for pair in similarity], num_queries, 0.0) for tower in (0, 1)]
     padding = (0, k - order_QK.shape[1])
     ids_QK = F.pad(ids_QM.gather(1, order_QK).masked_fill(missing_QK, -1), padding, value=-1)
