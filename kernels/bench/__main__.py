@@ -7,15 +7,18 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 
-from kernels.bench import contrastive, topk
+from kernels.bench import contrastive, sigmoid, topk
 from kernels.bench.measure import Timing, compare
+from kernels.bench.units import matmul_peak_tflops, rates, useful_flop
 
-OPERATIONS = {"contrastive": contrastive, "topk": topk}
+OPERATIONS = {"contrastive": contrastive, "sigmoid": sigmoid, "topk": topk}
 USER_ERROR_EXIT_CODE = 2
 
 
@@ -28,12 +31,11 @@ def main(arguments: Sequence[str]) -> None:
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     results = []
-    for name in options.op or list(OPERATIONS):
-        operation = OPERATIONS[name]
-        for description, contenders in operation.cases(options.batch, device):
-            timings = compare(contenders, rounds=options.rounds, device=device)
-            results.append({"operation": name, **description, "timings": rows(timings, operation)})
-            print(table(results[-1]), flush=True)
+    for result in measure_all(options.op or list(OPERATIONS), options.batch, options.rounds, device):
+        results.append(result)
+        print(table(result), flush=True)
+    if device.type == "cuda":
+        print(roofline_beside(device))
     report = {"machine": machine(device), "rounds": options.rounds, "threads": options.threads, "results": results}
     if options.out:
         Path(options.out).write_text(json.dumps(report, indent=1) + "\n")
@@ -57,29 +59,66 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def rows(timings: Sequence[Timing], operation) -> list[dict]:
+def measure_all(
+    names: Sequence[str], batches: Sequence[int], rounds: int, device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """One result a case: operation, description, timings; on a GPU with useful rates beside the measured product
+    peak."""
+    peaks_tflops: dict[str, float] = {}
+    for name in names:
+        for description, contenders in OPERATIONS[name].cases(list(batches), device):
+            timings = rows(compare(contenders, rounds=rounds, device=device), OPERATIONS[name])
+            result = {"operation": name, **description, "timings": timings}
+            if device.type == "cuda":
+                dtype = description["dtype"]
+                if dtype not in peaks_tflops:
+                    peaks_tflops[dtype] = matmul_peak_tflops(getattr(torch, dtype), device)
+                result["matmul_peak_tflops"] = round(peaks_tflops[dtype], 1)
+                flop = useful_flop(name, description)
+                for row in timings:
+                    row.update(rates(flop, row["median_ms"], peaks_tflops[dtype]))
+            yield result
+
+
+def rows(timings: Sequence[Timing], operation: ModuleType) -> list[dict[str, Any]]:
+    """Timings with ratios; None beside a peer that is not installed."""
     medians = {timing.name: timing.median_ms for timing in timings}
     return [
         {
             **dataclasses.asdict(timing),
-            "ratio_to_peer": timing.median_ms / medians[operation.PEER],
+            "ratio_to_peer": timing.median_ms / medians[operation.PEER] if operation.PEER in medians else None,
             "ratio_to_floor": timing.median_ms / medians[operation.FLOOR],
         }
         for timing in timings
     ]
 
 
-def table(result: dict) -> str:
+def table(result: dict[str, Any]) -> str:
     description = ", ".join(f"{key} {value}" for key, value in result.items() if key != "timings")
-    lines = [description, f"{'':32}{'median ms':>12}{'of peer':>10}{'of floor':>10}{'extra MiB':>12}"]
+    on_gpu = "matmul_peak_tflops" in result
+    head = f"{'':32}{'median ms':>12}{'of peer':>10}{'of floor':>10}{'extra MiB':>12}"
+    lines = [description, head + (f"{'useful TFLOP/s':>16}{'of peak':>9}" if on_gpu else "")]
     for row in result["timings"]:
         memory = "-" if row["peak_extra_mib"] is None else f"{row['peak_extra_mib']:.0f}"
-        numbers = f"{row['median_ms']:>12.1f}{row['ratio_to_peer']:>10.2f}{row['ratio_to_floor']:>10.2f}{memory:>12}"
+        of_peer = "-" if row["ratio_to_peer"] is None else f"{row['ratio_to_peer']:.2f}"
+        numbers = f"{row['median_ms']:>12.1f}{of_peer:>10}{row['ratio_to_floor']:>10.2f}{memory:>12}"
+        if on_gpu:
+            numbers += f"{row['useful_tflops']:>16.1f}{row['percent_of_matmul_peak']:>8.0f}%"
         lines.append(f"  {row['name']:30}{numbers}")
     return "\n".join(lines)
 
 
-def machine(device: torch.device) -> dict:
+def roofline_beside(device: torch.device) -> str:
+    """The estimates for this GPU's compiled kernels, marked as such."""
+    # Triton's parts are loaded where a GPU is.
+    from kernels.bench.compiled import read_table
+    from kernels.bench.roofline import estimates_table
+    from kernels.launch import chip_of
+
+    return estimates_table(read_table(), [chip_of(device)])
+
+
+def machine(device: torch.device) -> dict[str, Any]:
     """Where and with what the numbers were taken; commit is None outside a git checkout."""
     processor = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")

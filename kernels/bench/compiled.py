@@ -47,6 +47,8 @@ USER_ERROR_EXIT_CODE = 2
 
 def main(arguments: Sequence[str]) -> None:
     options = _parser().parse_args(arguments)
+    if not (options.check or options.roofline):
+        refuse_partial_write(options.chip)
     if options.roofline:
         # It reads this module's table.
         from kernels.bench.roofline import estimates_table
@@ -60,10 +62,13 @@ def main(arguments: Sequence[str]) -> None:
         if differences:
             raise SystemExit(ERROR_EXIT_CODE)
         return
-    if options.chip:
-        raise ValueError("--chip goes with --check or --roofline: the table is written for all chips at once")
     write_table(entries)
     print(f"written: {TABLE}, {len(entries)} specialisations")
+
+
+def refuse_partial_write(chips: Sequence[str] | None) -> None:
+    if chips:
+        raise ValueError("--chip goes with --check or --roofline: the table is written for all chips at once")
 
 
 def _parser() -> argparse.ArgumentParser:
