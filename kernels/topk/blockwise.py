@@ -72,86 +72,84 @@ class Screen:
         parts = []
         for start in range(0, self.problem.num_queries, self.tiles.query_tile):
             rows = slice(start, min(start + self.tiles.query_tile, self.problem.num_queries))
-            parts.append(TileScreen(self, tile, rows).survivors(limit_Q[rows, None]))
-        self.survivors.append(Chunk(*(torch.cat(columns) for columns in zip(*parts, strict=True))))
+            parts.append(TileScreen(self, tile, rows).candidates(limit_Q[rows, None]))
+        rows_S, places_S, image_S, text_S = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        upper_S = image_S.float() * text_S.float() * UPWARD**2
+        lower_S = self.lower(tile, 0, image_S, rows_S) * self.lower(tile, 1, text_S, rows_S) * DOWNWARD
+        self.survivors.append(Chunk(rows_S, tile.ids_B[places_S], lower_S, upper_S))
         if self.survivors.is_full:
             self.survivors.compact(lambda rows_S, ids_S: exact_score(self.problem, rows_S, ids_S)[2])
+
+    def lower(self, tile: BaseTile, tower: int, upper_S: Tensor, rows_S: Tensor) -> Tensor:
+        """float32 [S]: at most the true cosine, or zero, from the upper bound in the product."""
+        query, base = self.operands[tower], tile.operands[tower]
+        error_Q = query.first_B * base.first_B.max() + query.second_B * base.second_B.max()
+        doubled_Q = error_Q * (2 * (1 + 4 * OUTWARD))
+        return (upper_S.float() * DOWNWARD).sub_(doubled_Q[rows_S]).clamp_(min=0)
 
 
 class TileScreen:
     """One tile of queries against one of base rows: bounded cosines, and what follows from them."""
 
     def __init__(self, screen: Screen, tile: BaseTile, rows: slice):
-        self.problem, self.excluded, self.tile, self.rows = screen.problem, screen.excluded, tile, rows
-        self.threshold_Q = screen.survivors.threshold_Q
+        self.screen, self.problem, self.tile, self.rows = screen, screen.problem, tile, rows
         self.shape = (rows.stop - rows.start, tile.width)
         *self.cosines, self.scores = (flat[: math.prod(self.shape)].view(self.shape) for flat in screen.buffers)
-        self.errors = []
         for query, base, out in zip(screen.operands, tile.operands, self.cosines, strict=True):
             screening_product(query.rows_BE[rows], base.rows_BE, out)
-            error_R = query.first_B[rows] * base.first_B.max() + query.second_B[rows] * base.second_B.max()
-            self.errors.append(error_R * (1 + 4 * OUTWARD))
 
-    def survivors(self, limit_R1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(rows_S ascending, ids_S, lower_S, upper_S) of the entries that may reach their query's threshold."""
+    def candidates(self, limit_R1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(rows_S ascending, places_S ascending in each row, upper bounds of both cosines) of the entries that may
+        reach their query's threshold."""
         image, text = self.cosines
-        for rows_S, columns_S in self._excluded():
-            image[rows_S, columns_S] = 0
+        for rows_S, places_S in self._excluded():
+            image[rows_S, self.tile.columns(places_S)] = 0
         # A negative cosine counts as zero; in one factor that is enough. A negative number has a negative pattern.
         image.view(torch.int16).clamp_(min=0)
         torch.mul(image, text, out=self.scores)
-        rows_S, flat_S = entries_above(self.scores.view(torch.int16), limit_R1)
-        image_S, text_S = (cosine.view(-1)[flat_S].float() for cosine in self.cosines)
-        upper_S = image_S * text_S * UPWARD**2
-        keep = (upper_S >= self.threshold_Q[rows_S + self.rows.start]).nonzero()[:, 0]
-        rows_S, flat_S, upper_S = rows_S[keep], flat_S[keep], upper_S[keep]
-        lower_S = self._lower(0, image_S[keep], rows_S) * self._lower(1, text_S[keep], rows_S) * DOWNWARD
-        return rows_S + self.rows.start, self.tile.ids_B[flat_S % self.shape[1]], lower_S, upper_S
-
-    def _lower(self, tower: int, cosine_S: Tensor, rows_S: Tensor) -> Tensor:
-        """float32 [S]: at most the true cosine, or zero."""
-        return (cosine_S * DOWNWARD - 2 * self.errors[tower][rows_S]).clamp(min=0)
+        rows_S, places_S, flat_S = entries_above(self.scores.view(torch.int16), limit_R1)
+        return rows_S + self.rows.start, places_S, image.view(-1)[flat_S], text.view(-1)[flat_S]
 
     def _excluded(self) -> list[tuple[Tensor, Tensor]]:
-        """(rows_S, columns_S) of what is no candidate; counted by cause where counts are wanted."""
+        """(rows_S, places_S) of what is no candidate; counted by cause where counts are wanted."""
         entries = [self_entries(self.problem, self.rows, self.tile.ids_B)]
         found = list(group_entries(self.problem, self.rows, self.tile.lookups, self.tile.ids_B))
-        for cause, rows_S, columns_S, counted_S in [*found, *self._near()]:
-            entries.append((rows_S, columns_S))
-            if self.excluded is not None:
-                rows_S, ids_S = rows_S[counted_S] + self.rows.start, self.tile.ids_B[columns_S[counted_S]]
-                self.excluded.add(cause, rows_S, ids_S)
+        for cause, rows_S, places_S, counted_S in [*found, *self._near()]:
+            entries.append((rows_S, places_S))
+            if self.screen.excluded is not None:
+                rows_S, ids_S = rows_S[counted_S] + self.rows.start, self.tile.ids_B[places_S[counted_S]]
+                self.screen.excluded.add(cause, rows_S, ids_S)
         return entries
 
     def _near(self) -> list[tuple[int, Tensor, Tensor, Tensor]]:
-        """(cause, rows_S, columns_S, counted_S) of the entries above a ceiling."""
+        """(cause, rows_S, places_S, counted_S) of the entries above a ceiling."""
         entries, earlier = [], None
         for tower, ceiling in enumerate(self.problem.ceilings):
             if ceiling == 1:
                 continue
-            flat_S = self._above_ceiling(tower, ceiling)
-            rows_S, columns_S = flat_S // self.shape[1], flat_S % self.shape[1]
-            queries_S, ids_S = rows_S + self.rows.start, self.tile.ids_B[columns_S]
+            rows_S, places_S = self._above_ceiling(tower, ceiling)
+            queries_S, ids_S = rows_S + self.rows.start, self.tile.ids_B[places_S]
             counted_S = may_count(self.problem, queries_S, ids_S) & ~same_group(self.problem, queries_S, ids_S)
+            key_S = rows_S * self.tile.width + places_S
             if earlier is not None:
-                counted_S &= ~torch.isin(flat_S, earlier)
-            earlier = flat_S
-            entries.append((NEAR + tower, rows_S, columns_S, counted_S))
+                counted_S &= ~torch.isin(key_S, earlier)
+            earlier = key_S
+            entries.append((NEAR + tower, rows_S, places_S, counted_S))
         return entries
 
-    def _above_ceiling(self, tower: int, ceiling: float) -> Tensor:
-        """Flat numbers of the entries whose cosine is above `ceiling`, decided exactly where the bounds do not."""
+    def _above_ceiling(self, tower: int, ceiling: float) -> tuple[Tensor, Tensor]:
+        """(rows_S, places_S) of the entries whose cosine is above `ceiling`, decided exactly where bounds do not."""
         cosine = self.cosines[tower]
         limit = pattern_below(torch.tensor([ceiling / UPWARD], device=self.problem.device))[:, None]
-        rows_S, flat_S = entries_above(cosine.view(torch.int16), limit)
-        above_S = self._lower(tower, cosine.view(-1)[flat_S].float(), rows_S) > ceiling
+        rows_S, places_S, flat_S = entries_above(cosine.view(torch.int16), limit)
+        queries_S = rows_S + self.rows.start
+        above_S = self.screen.lower(self.tile, tower, cosine.view(-1)[flat_S], queries_S) > ceiling
         open_S = (~above_S).nonzero()[:, 0]
         if len(open_S):
-            ids_S = self.tile.ids_B[flat_S[open_S] % self.shape[1]]
+            ids_S = self.tile.ids_B[places_S[open_S]]
             query_QD, base_ND = self.problem.query_QD[tower], self.problem.base_ND[tower]
-            exact_S = exact_similarity(query_QD, base_ND, rows_S[open_S] + self.rows.start, ids_S)
-            above_S[open_S] = exact_S > ceiling
-        return flat_S[above_S]
+            above_S[open_S] = exact_similarity(query_QD, base_ND, queries_S[open_S], ids_S) > ceiling
+        return rows_S[above_S], places_S[above_S]
 
 
 def pattern_below(numbers_X: Tensor) -> Tensor:
@@ -160,14 +158,21 @@ def pattern_below(numbers_X: Tensor) -> Tensor:
     return (below_X.clamp(min=0).view(torch.int32) >> 16).to(torch.int16)
 
 
-def entries_above(values_RB: Tensor, limit_R1: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows_S ascending, flat_S) of the entries strictly above their row's limit; width a multiple of MAXIMUM_OF."""
-    stride = values_RB.shape[1] // MAXIMUM_OF
-    hit = values_RB.view(len(values_RB), MAXIMUM_OF, stride).amax(1) > limit_R1
+def entries_above(values_RB: Tensor, limit_R1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows_S ascending, places_S ascending in each row, flat numbers_S) of the entries of a product with a BaseTile
+    that are strictly above their row's limit."""
+    num_rows, width = values_RB.shape
+    stride = width // MAXIMUM_OF
+    hit = values_RB.view(num_rows, MAXIMUM_OF, stride).amax(1) > limit_R1
     hit_H = hit.view(-1).nonzero()[:, 0]
     row_H = hit_H // stride
-    first_H = hit_H + row_H * (values_RB.shape[1] - stride)
-    members_HM = first_H[:, None] + stride * torch.arange(MAXIMUM_OF, device=hit_H.device)
-    limit_R = limit_R1.expand(len(values_RB), 1)[:, 0]
-    above = (values_RB.view(-1)[members_HM] > limit_R[row_H, None]).view(-1).nonzero()[:, 0]
-    return row_H[above // MAXIMUM_OF], members_HM.view(-1)[above]
+    # Flat number of the first of each maximum's entries.
+    first_H = hit_H + row_H * (width - stride)
+    flat_HM = first_H[:, None] + stride * torch.arange(MAXIMUM_OF, device=hit_H.device)
+    limit_R = limit_R1.expand(num_rows, 1)[:, 0]
+    above_S = (values_RB.view(-1)[flat_HM] > limit_R[row_H, None]).view(-1).nonzero()[:, 0]
+    hit_S = above_S // MAXIMUM_OF
+    rows_S, flat_S = row_H[hit_S], flat_HM.view(-1)[above_S]
+    # A maximum's number in its row times what it is of, and the number within it.
+    places_S = (hit_H[hit_S] - rows_S * stride) * MAXIMUM_OF + above_S % MAXIMUM_OF
+    return rows_S, places_S, flat_S

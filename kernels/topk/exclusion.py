@@ -49,7 +49,7 @@ class GroupLookup:
         self.sorted_B, self.order_B = torch.sort(group_B, stable=True)
 
     def entries(self, group_Q: Tensor) -> tuple[Tensor, Tensor]:
-        """(rows_S, columns_S) of all entries of equal group number, rows ascending."""
+        """(rows_S, places_S) of all entries of equal group number, rows ascending."""
         group_Q = group_Q.contiguous()
         first_Q = torch.searchsorted(self.sorted_B, group_Q, side="left")
         count_Q = torch.searchsorted(self.sorted_B, group_Q, side="right") - first_Q
@@ -71,19 +71,19 @@ def same_group(problem: Problem, rows_S: Tensor, ids_S: Tensor, towers: tuple[in
 def group_entries(
     problem: Problem, rows: slice, lookups: tuple[GroupLookup | None, ...], ids_B: Tensor
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """(cause, rows_S, columns_S, counted_S) of the base rows ids_B for queries `rows`, which rows_S count from the first
-    of; counted once, under the first cause, and neither the query itself nor pairs that take no part."""
+    """(cause, rows_S, places_S in ids_B, counted_S) of the base rows ids_B for queries `rows`, which rows_S count from the
+    first of; counted once, under the first cause, and neither the query itself nor pairs that take no part."""
     for cause, lookup in enumerate(lookups):
         if lookup is None:
             continue
-        rows_S, columns_S = lookup.entries(problem.groups[cause][0][rows])
+        rows_S, places_S = lookup.entries(problem.groups[cause][0][rows])
         if len(rows_S) == 0:
             continue
-        ids_S, queries_S = ids_B[columns_S], rows_S + rows.start
+        ids_S, queries_S = ids_B[places_S], rows_S + rows.start
         counted_S = may_count(problem, queries_S, ids_S)
         if cause > 0:
             counted_S &= ~same_group(problem, queries_S, ids_S, tuple(range(cause)))
-        yield cause, rows_S, columns_S, counted_S
+        yield cause, rows_S, places_S, counted_S
 
 
 def may_count(problem: Problem, rows_S: Tensor, ids_S: Tensor) -> Tensor:

@@ -13,12 +13,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 FLOAT32_ROUNDING = 2.0**-24
 BFLOAT16_ROUNDING = 2.0**-8
 # Matrix units take this many products at a time.
 DEPTH_MULTIPLE = 32
+# Converted together: copies that stay in cache, of a size that allocators keep at hand.
+ROWS_AT_ONCE = 512
 # Bounds are never less: what underflows in squares and on matrix units lies below its square.
 SMALLEST_BOUND = 2.0**-24
 # Of a row that a bound is proven for; unit rows are far below.
@@ -56,16 +59,18 @@ def full_float32_products() -> Iterator[None]:
 
 
 def query_operand(rows_QD: Tensor) -> Operand:
-    rounded_QD, norm_Q, residual_Q = _rounded(rows_QD)
-    return _operand(rounded_QD, residual_Q, norm_Q)
+    order_QE, norm_Q, residual_Q = _rounded(rows_QD, 1)
+    return _bounded(order_QE, rows_QD.shape[1], residual_Q, norm_Q)
 
 
-def base_operand(rows_BD: Tensor) -> Operand:
-    rounded_BD, norm_B, residual_B = _rounded(rows_BD)
+def base_operand(rows_BD: Tensor, interleave: int) -> Operand:
+    """Padded with zeros to n rows, a multiple of `interleave`; row i lies at i % interleave * (n / interleave) + i //
+    interleave."""
+    order_BE, norm_B, residual_B = _rounded(rows_BD, interleave)
     # Any order of summation, and truncation in place of rounding; 2 for what the bound columns add.
     summation = 2 * 1.02 * (rows_BD.shape[1] + DEPTH_MULTIPLE) * FLOAT32_ROUNDING
     norm_B = norm_B + residual_B
-    return _operand(rounded_BD, norm_B, residual_B + summation * norm_B)
+    return _bounded(order_BE, rows_BD.shape[1], norm_B, residual_B + summation * norm_B)
 
 
 def screening_product(query_RE: Tensor, base_BE: Tensor, out: Tensor) -> Tensor:
@@ -86,25 +91,37 @@ def check_rows(norm_B: Tensor, ids_B: Tensor, name: str) -> None:
         )
 
 
-def _rounded(rows_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(rounded_BD, norm_B, norm of what rounding took away_B)."""
-    exact_BD = rows_BD if rows_BD.dtype == torch.float64 else rows_BD.float()
-    rounded_BD = exact_BD.to(operand_dtype(rows_BD.device.type))
-    norm_B = torch.linalg.vector_norm(exact_BD, dim=1)
-    # Exact: a number and its neighbour on a coarser grid. In place, since fresh memory costs more than the difference.
-    residual_BD = rounded_BD.to(exact_BD.dtype, copy=True)
-    torch.sub(exact_BD, residual_BD, out=residual_BD)
-    return rounded_BD, norm_B.float(), torch.linalg.vector_norm(residual_BD, dim=1).float()
+def _rounded(rows_BD: Tensor, interleave: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows in their order [-1, interleave, E], norm_B, norm of what rounding took away_B); bound columns zero."""
+    num_rows, dim = rows_BD.shape
+    num_groups = -(-num_rows // interleave)
+    depth = -(-(dim + 2) // DEPTH_MULTIPLE) * DEPTH_MULTIPLE
+    dtype, device = operand_dtype(rows_BD.device.type), rows_BD.device
+    order_BE = torch.zeros(interleave, num_groups, depth, dtype=dtype, device=device).transpose(0, 1)
+    norms, residuals = ([torch.zeros(0, device=device)] for _ in range(2))
+    step = ROWS_AT_ONCE // interleave
+    for start in range(0, num_groups, step):
+        exact_BD = rows_BD[start * interleave : (start + step) * interleave]
+        exact_BD = exact_BD if exact_BD.dtype == torch.float64 else exact_BD.float()
+        norms.append(torch.linalg.vector_norm(exact_BD, dim=1).float())
+        if len(exact_BD) % interleave:
+            exact_BD = F.pad(exact_BD, (0, 0, 0, -len(exact_BD) % interleave))
+        exact_BD = exact_BD.view(-1, interleave, dim)
+        rounded_BD = order_BE[start : start + step, :, :dim].copy_(exact_BD)
+        # Exact: a number and its neighbour on a coarser grid.
+        residual_BD = exact_BD - rounded_BD.to(exact_BD.dtype)
+        residuals.append(torch.linalg.vector_norm(residual_BD, dim=2).flatten().float())
+    return order_BE, torch.cat(norms), torch.cat(residuals)[:num_rows]
 
 
-def _operand(rounded_BD: Tensor, first_B: Tensor, second_B: Tensor) -> Operand:
-    num_rows, dim = rounded_BD.shape
+def _bounded(order_BE: Tensor, dim: int, first_B: Tensor, second_B: Tensor) -> Operand:
     # Covers the rounding of norms and of the cast below.
     upward = 1 + 2 * BFLOAT16_ROUNDING + 2 * dim * FLOAT32_ROUNDING
-    depth = -(-(dim + 2) // DEPTH_MULTIPLE) * DEPTH_MULTIPLE
-    rows_BE = rounded_BD.new_zeros(num_rows, depth)
-    rows_BE[:, :dim] = rounded_BD
     first_B, second_B = ((values_B * upward).clamp(min=SMALLEST_BOUND) for values_B in (first_B, second_B))
-    rows_BE[:, dim], rows_BE[:, dim + 1] = first_B, second_B
+    num_groups, interleave, depth = order_BE.shape
+    padding = (0, num_groups * interleave - len(first_B))
+    for column, values_B in ((dim, first_B), (dim + 1, second_B)):
+        order_BE[:, :, column] = F.pad(values_B, padding).view(num_groups, interleave)
+    rows_BE = order_BE.transpose(0, 1).view(num_groups * interleave, depth)
     # The cast may have rounded either way, by less than this.
     return Operand(rows_BE, first_B * (1 + BFLOAT16_ROUNDING), second_B * (1 + BFLOAT16_ROUNDING))

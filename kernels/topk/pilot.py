@@ -68,9 +68,10 @@ def _sampled_scores(problem: Problem, rows: slice, queries: list[Tensor], tile: 
         ceiling = problem.ceilings[tower]
         cosines.append(out.masked_fill_(out > ceiling, 0) if ceiling < 1 else out)
     image, text = cosines
-    image[self_entries(problem, rows, tile.ids_B)] = 0
-    for _, rows_S, columns_S, _ in group_entries(problem, rows, tile.lookups, tile.ids_B):
-        image[rows_S, columns_S] = 0
+    entries = [self_entries(problem, rows, tile.ids_B)]
+    entries += [found[1:3] for found in group_entries(problem, rows, tile.lookups, tile.ids_B)]
+    for rows_S, places_S in entries:
+        image[rows_S, tile.columns(places_S)] = 0
     return image.relu_().mul_(text)
 
 

@@ -18,7 +18,7 @@ from kernels.topk.exact import double_rows, exact_similarity
 from kernels.topk.exclusion import ExclusionCount
 from kernels.topk.pilot import guessed_thresholds
 from kernels.topk.problem import Problem
-from kernels.topk.survivors import OUTWARD, Chunk, Survivors, best_first, dense_rows
+from kernels.topk.survivors import OUTWARD, Chunk, DenseRows, Survivors, best_first
 
 # Exact scores are computed for at least this many entries at a time.
 DECIDED_TOGETHER = 8192
@@ -83,15 +83,19 @@ def decide(problem: Problem, survivors: Survivors) -> Answer:
     if not chunks:
         zeros_QK = torch.zeros(num_queries, k, dtype=torch.float64, device=problem.device)
         return Answer(torch.full_like(zeros_QK, -1, dtype=torch.int64), zeros_QK, zeros_QK, zeros_QK)
-    ids_QM = dense_rows(chunks, [chunk.ids_S for chunk in chunks], num_queries, -1)
-    score_QM = dense_rows(chunks, [chunk.lower_S for chunk in chunks], num_queries, -1.0)
-    order_QK = best_first(score_QM, ids_QM, k)
-    missing_QK = score_QM.gather(1, order_QK) <= problem.floor_Q[:, None]
-    matrices = [dense_rows(chunks, [pair[tower] for pair in similarity], num_queries, 0.0) for tower in (0, 1)]
+    dense = DenseRows(chunks, num_queries)
+    score_QM = dense.filled([chunk.lower_S for chunk in chunks], -1.0)
+    order_QK = best_first(score_QM, k)
+    # Numbers of the chosen entries; what there is none of has a score below the floor.
+    numbers = torch.arange(survivors.num_entries, device=problem.device).split([len(chunk) for chunk in chunks])
+    number_QK = dense.filled(list(numbers), 0).gather(1, order_QK)
+    score_QK = score_QM.gather(1, order_QK)
+    missing_QK = score_QK <= problem.floor_Q[:, None]
     padding = (0, k - order_QK.shape[1])
-    ids_QK = F.pad(ids_QM.gather(1, order_QK).masked_fill(missing_QK, -1), padding, value=-1)
-    values = [matrix_QM.gather(1, order_QK).masked_fill(missing_QK, 0) for matrix_QM in (*matrices, score_QM)]
-    return Answer(ids_QK, *(F.pad(value, padding) for value in values))
+    columns = [torch.cat(parts) for parts in ([chunk.ids_S for chunk in chunks], *zip(*similarity, strict=True))]
+    ids_QK, *values = (column_S[number_QK] for column_S in columns)
+    ids_QK = F.pad(ids_QK.masked_fill(missing_QK, -1), padding, value=-1)
+    return Answer(ids_QK, *(F.pad(value.masked_fill(missing_QK, 0), padding) for value in (*values, score_QK)))
 
 
 def exact_score(problem: Problem, rows_S: Tensor, ids_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:

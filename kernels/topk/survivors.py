@@ -17,7 +17,7 @@ MOST_OF_K, MOST_BESIDE = 3, 256
 
 @dataclass(frozen=True)
 class Chunk:
-    """Entries of some base rows: query rows ascending, base ids, and bounds on the score (float32); [S] each."""
+    """Entries of some base rows: query rows ascending, base ids ascending in each, bounds on the score (float32); [S]."""
 
     rows_S: Tensor
     ids_S: Tensor
@@ -33,7 +33,7 @@ class Chunk:
 
 
 class Survivors:
-    """Chunks in order of base rows, and the score that an entry must reach; it rises with the k-th best bound found."""
+    """Chunks in ascending order of base rows, and the score that an entry must reach; it rises with the k-th best bound found."""
 
     def __init__(self, threshold_Q: Tensor, k: int):
         self.threshold_Q, self.k = threshold_Q, k
@@ -59,9 +59,10 @@ class Survivors:
 
     def kth_lower_bound(self) -> Tensor:
         """float32 [Q]: at most the k-th best score; 0 where there are fewer entries."""
-        lower_QM = dense_rows(self.chunks, [chunk.lower_S for chunk in self.chunks], len(self.threshold_Q), 0.0)
-        if lower_QM.shape[1] < self.k:
+        dense = DenseRows(self.chunks, len(self.threshold_Q))
+        if dense.width < self.k:
             return torch.zeros_like(self.threshold_Q)
+        lower_QM = dense.filled([chunk.lower_S for chunk in self.chunks], 0.0)
         return lower_QM.topk(self.k, dim=1, sorted=False).values.amin(1)
 
     def _keep(self, chunks: list[Chunk]) -> None:
@@ -70,49 +71,45 @@ class Survivors:
 
     def _decide(self, exact_score: Callable[[Tensor, Tensor], Tensor]) -> None:
         scores = [exact_score(chunk.rows_S, chunk.ids_S) for chunk in self.chunks]
-        num_queries = len(self.threshold_Q)
-        score_QM = dense_rows(self.chunks, scores, num_queries, -1.0)
-        ids_QM = dense_rows(self.chunks, [chunk.ids_S for chunk in self.chunks], num_queries, -1)
-        order_QK = best_first(score_QM, ids_QM, self.k)
+        dense = DenseRows(self.chunks, len(self.threshold_Q))
+        score_QM = dense.filled(scores, -1.0)
+        order_QK = best_first(score_QM, self.k)
         best = torch.zeros_like(score_QM, dtype=torch.bool).scatter_(1, order_QK, True)
         if order_QK.shape[1] == self.k:
             kth_Q = score_QM.gather(1, order_QK[:, -1:])[:, 0].clamp(min=0)
             self.threshold_Q = torch.maximum(self.threshold_Q, (kth_Q * (1 - OUTWARD)).float())
         kept = []
-        for chunk, score_S, place_S in zip(self.chunks, scores, places(self.chunks, num_queries)[0], strict=True):
+        for chunk, score_S, place_S in zip(self.chunks, scores, dense.places, strict=True):
             lower_S, upper_S = ((score_S * (1 + side * OUTWARD)).float() for side in (-1, 1))
             bounded = Chunk(chunk.rows_S, chunk.ids_S, lower_S, upper_S)
-            kept.append(bounded.chosen(best[chunk.rows_S, place_S]))
+            kept.append(bounded.chosen(best.view(-1)[place_S]))
         self._keep(kept)
 
 
-def places(chunks: list[Chunk], num_queries: int) -> tuple[list[Tensor], Tensor]:
-    """Number of each entry among its query's, over the chunks in order; and how many each query has."""
-    device = chunks[0].rows_S.device if chunks else None
-    count_Q = torch.zeros(num_queries, dtype=torch.int64, device=device)
-    found = []
-    for chunk in chunks:
-        new_Q = torch.bincount(chunk.rows_S, minlength=num_queries)
-        shift_Q = count_Q - (new_Q.cumsum(0) - new_Q)
-        found.append(shift_Q[chunk.rows_S] + torch.arange(len(chunk), device=device))
-        count_Q = count_Q + new_Q
-    return found, count_Q
+class DenseRows:
+    """Where each entry of the chunks lies in a matrix [Q, M] of each query's entries, in the order of the chunks."""
+
+    def __init__(self, chunks: list[Chunk], num_queries: int):
+        self.num_queries = num_queries
+        count_Q = torch.zeros(num_queries, dtype=torch.int64, device=chunks[0].rows_S.device if chunks else None)
+        # Number of each entry among its query's, then its flat place.
+        numbers = []
+        for chunk in chunks:
+            new_Q = torch.bincount(chunk.rows_S, minlength=num_queries)
+            shift_Q = count_Q - (new_Q.cumsum(0) - new_Q)
+            numbers.append(shift_Q[chunk.rows_S].add_(torch.arange(len(chunk), device=shift_Q.device)))
+            count_Q = count_Q + new_Q
+        self.width = int(count_Q.max()) if num_queries else 0
+        self.places = [number.add_(chunk.rows_S * self.width) for chunk, number in zip(chunks, numbers, strict=True)]
+
+    def filled(self, values: list[Tensor], fill: float) -> Tensor:
+        """[Q, M] of one value for each entry, `fill` where there is none; needs a chunk."""
+        dense = torch.full((self.num_queries * self.width,), fill, dtype=values[0].dtype, device=values[0].device)
+        for values_S, place_S in zip(values, self.places, strict=True):
+            dense.index_copy_(0, place_S, values_S)
+        return dense.view(self.num_queries, self.width)
 
 
-def dense_rows(chunks: list[Chunk], values: list[Tensor], num_queries: int, fill: float) -> Tensor:
-    """[Q, M]: each query's values in the order of the chunks, `fill` after them."""
-    if not chunks:
-        return torch.empty(num_queries, 0)
-    place, count_Q = places(chunks, num_queries)
-    width = int(count_Q.max())
-    dense_QM = torch.full((num_queries, width), fill, dtype=values[0].dtype, device=count_Q.device)
-    for chunk, values_S, place_S in zip(chunks, values, place, strict=True):
-        dense_QM.view(-1).index_copy_(0, chunk.rows_S * width + place_S, values_S)
-    return dense_QM
-
-
-def best_first(score_QM: Tensor, ids_QM: Tensor, k: int) -> Tensor:
-    """Columns of at most k best of each row: descending score, ties by the lower id."""
-    by_id_QM = ids_QM.argsort(dim=1)
-    order_QM = score_QM.gather(1, by_id_QM).sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return by_id_QM.gather(1, order_QM)
+def best_first(score_QM: Tensor, k: int) -> Tensor:
+    """Columns of at most k best of each row: descending score, ties by the earlier column."""
+    return score_QM.sort(dim=1, descending=True, stable=True).indices[:, :k]

@@ -3,10 +3,9 @@
 Shape letters: `N` base pairs, `B` base rows of the tile, `D` embedding, `E` embedding and bound, padded.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.topk.exclusion import GroupLookup
@@ -20,27 +19,42 @@ TOWERS = ("image", "text")
 
 @dataclass(frozen=True)
 class BaseTile:
-    """ids_B: the rows' numbers, ascending. Each tower's operand, its rows padded with zeros to `width`."""
+    """Rows `ids_B` (ascending), and each tower's operand, padded with zeros to `width` columns of the product.
+
+    Maxima run over entries that are far apart in the product, which is faster; so operands lie in an order that makes
+    them neighbours in ids: those of maximum m are the ids from MAXIMUM_OF * m on.
+    """
 
     ids_B: Tensor
-    width: int
     operands: tuple[Operand, Operand]
     lookups: tuple[GroupLookup | None, GroupLookup | None]
+
+    @property
+    def width(self) -> int:
+        return len(self.operands[0].rows_BE)
+
+    def columns(self, place_S: Tensor) -> Tensor:
+        """Columns of the product for places in ids_B."""
+        return place_S % MAXIMUM_OF * (self.width // MAXIMUM_OF) + place_S // MAXIMUM_OF
 
 
 def base_tile(problem: Problem, ids: slice | Tensor) -> BaseTile:
     """The base rows `ids`, ascending. ValueError for a row that is not finite."""
     ids_B = torch.arange(ids.start, ids.stop, device=problem.device) if isinstance(ids, slice) else ids
-    width = -(-len(ids_B) // MAXIMUM_OF) * MAXIMUM_OF
     absent_B = None if problem.valid_N is None else ~problem.valid_N[ids]
+    lookups = tuple(None if pair is None else GroupLookup(pair[1][ids]) for pair in problem.groups)
+    some_absent = absent_B is not None and bool(absent_B.any())
     operands = []
     for name, base_ND in zip(TOWERS, problem.base_ND, strict=True):
-        operand = _present_operand(base_ND[ids], absent_B)
-        check_rows(operand.first_B, ids_B, f"base {name}")
-        rows_BE = F.pad(operand.rows_BE, (0, 0, 0, width - len(ids_B))) if width > len(ids_B) else operand.rows_BE
-        operands.append(replace(operand, rows_BE=rows_BE))
-    lookups = tuple(None if pair is None else GroupLookup(pair[1][ids]) for pair in problem.groups)
-    return BaseTile(ids_B, width, tuple(operands), lookups)
+        rows_BD = base_ND[ids].masked_fill(absent_B[:, None], 0) if some_absent else base_ND[ids]
+        operands.append(base_operand(rows_BD, MAXIMUM_OF))
+        check_rows(operands[-1].first_B, ids_B, f"base {name}")
+    tile = BaseTile(ids_B, tuple(operands), lookups)
+    if some_absent:
+        # With a bound of zero too, so that they reach no threshold.
+        for operand in operands:
+            operand.rows_BE[tile.columns(absent_B.nonzero()[:, 0])] = 0
+    return tile
 
 
 def query_operands(problem: Problem) -> list[Operand]:
@@ -51,19 +65,9 @@ def query_operands(problem: Problem) -> list[Operand]:
     return operands
 
 
-def _present_operand(rows_BD: Tensor, absent_B: Tensor | None) -> Operand:
-    """Rows that take no part become zero with a bound of zero, so that they reach no threshold."""
-    if absent_B is None or not absent_B.any():
-        return base_operand(rows_BD)
-    operand = base_operand(rows_BD.masked_fill(absent_B[:, None], 0))
-    operand.rows_BE.masked_fill_(absent_B[:, None], 0)
-    return operand
-
-
 def self_entries(problem: Problem, rows: slice, ids_B: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows_S, columns_S) of the queries themselves among the base rows ids_B, counted from the first query of
-    `rows`."""
+    """(rows_S, places_S) of the queries themselves among the base rows ids_B; rows_S count from the first of `rows`."""
     ids_Q = problem.query_ids_Q[rows]
-    columns_Q = torch.searchsorted(ids_B, ids_Q).clamp(max=max(len(ids_B) - 1, 0))
-    rows_S = (ids_B[columns_Q] == ids_Q).nonzero()[:, 0]
-    return rows_S, columns_Q[rows_S]
+    place_Q = torch.searchsorted(ids_B, ids_Q).clamp(max=max(len(ids_B) - 1, 0))
+    rows_S = (ids_B[place_Q] == ids_Q).nonzero()[:, 0]
+    return rows_S, place_Q[rows_S]
