@@ -58,10 +58,9 @@ class Loss:
     gradients: Callable[[Towers, list[float], Tensor, Any, Layout, Wanted], list[Tensor | None]]
     state_length: Callable[[int, int, Any], int]
 
-    def layout(self, image_BD: Tensor, scalars: Sequence[Tensor], options: Any, process_group: Any) -> Layout:
-        """Collective: every rank calls."""
-        numbers = dict(zip(self.scalars, numbers_of(scalars), strict=True))
-        return exchange_layout(image_BD, numbers, options, process_group)
+    def layout(self, image_BD: Tensor, numbers: Sequence[float], options: Any, process_group: Any) -> Layout:
+        """Of ranks that agree in the numbers of the scalars. Collective: every rank calls."""
+        return exchange_layout(image_BD, dict(zip(self.scalars, numbers, strict=True)), options, process_group)
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Operations:
     def terms(self, inputs: Sequence[Tensor], options: Any, process_group: Any) -> list[Tensor]:
         """The terms, the differentiable loss first. Collective: every rank calls."""
         if options.backend == "reference":
-            layout = self.loss.layout(inputs[0], inputs[2:], options, process_group)
+            layout = self.loss.layout(inputs[0], numbers_of(inputs[2:]), options, process_group)
             return reference_terms(*inputs, definition=partial(self.loss.definition, options=options), layout=layout)
         loss, details_T, *_ = self.forward(*inputs, *values_of(options), name_of(process_group))
         return [loss, *details_T.unbind()]
@@ -86,7 +85,7 @@ class Operations:
         """The terms and the gradient by each input, without autograd. Collective: every rank calls."""
         inputs = [value.detach() for value in inputs]
         if options.backend == "reference":
-            layout = self.loss.layout(inputs[0], inputs[2:], options, process_group)
+            layout = self.loss.layout(inputs[0], numbers_of(inputs[2:]), options, process_group)
             definition = partial(self.loss.definition, options=options)
             return reference_gradients(*inputs, definition=definition, layout=layout)
         settings = (*values_of(options), name_of(process_group))
@@ -134,13 +133,14 @@ def _forward_of(loss: Loss) -> Callable[..., tuple[Tensor, ...]]:
     def forward(image_BD, text_BD, *rest):
         scalars, (*values, group_name) = rest[: len(loss.scalars)], rest[len(loss.scalars) :]
         options = _chosen(loss, values, image_BD)
-        layout = loss.layout(image_BD, scalars, options, group_named(group_name))
+        numbers = numbers_of(scalars)
+        layout = loss.layout(image_BD, numbers, options, group_named(group_name))
         towers = gather_towers(image_BD, text_BD, layout)
-        terms, numbers, state_N = loss.forward(towers, numbers_of(scalars), options, layout)
+        terms, numbers, state_N = loss.forward(towers, numbers, options, layout)
         terms_T = torch.stack(terms).to(accumulation_dtype(image_BD.dtype))
         # An operation must not return its own input: without a group, nothing stands for the rows of all ranks.
         gathered = (towers.image_GD, towers.text_GD) if group_name else (image_BD.new_empty(0) for _ in range(2))
-        host_N = torch.tensor([*numbers, *layout.counts], dtype=torch.float64)
+        host_N = torch.tensor([*numbers, *layout.counts], dtype=torch.float64, device="cpu")
         return terms_T[0].clone(), terms_T[1:].clone(), *gathered, state_N, host_N
 
     return forward
@@ -210,11 +210,12 @@ def _backward_of(loss: Loss, operation: Callable[..., list[Tensor]]) -> Callable
         results = iter(operation(d_loss, *ctx.saved_tensors, *flags, *ctx.settings))
         computed = [next(results) if flag else None for flag in (*flags[:2], *flags[2:] * len(loss.scalars))]
         like = zip(computed, needs, ctx.inputs_like, strict=True)
-        cast = [value.to(dtype) if need else None for value, need, (dtype, _) in like]
-        scalars = [
-            d if d is None else d.reshape(shape) for d, (_, shape) in zip(cast[2:], ctx.inputs_like[2:], strict=True)
+        # A scalar may be [1]; the features' gradients are in shape, and stay no view of anything.
+        gradients = [
+            (value if value.dim() else value.reshape(shape)).to(dtype) if need else None
+            for value, need, (dtype, shape) in like
         ]
-        return *cast[:2], *scalars, *(None for _ in ctx.settings)
+        return *gradients, *(None for _ in ctx.settings)
 
     return backward
 
