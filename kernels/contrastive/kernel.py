@@ -245,7 +245,6 @@ def weights_kernel(
     WANT_SCALE: tl.constexpr,
     WANT_WEIGHTS: tl.constexpr,
     SPLIT: tl.constexpr,
-    UNIT: tl.constexpr,
     EVEN: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -297,19 +296,20 @@ def weights_kernel(
     if (partner > -BLOCK_I) & (partner < BLOCK_J):
         is_partner = (i_offsets + partner.to(tl.int32))[:, None] == j_offsets[None, :]
         weight = tl.where(is_partner, 0.0, weight)
-    if (i_count < BLOCK_I) | (j_count < BLOCK_J):
-        valid = i_mask[:, None] & j_mask[None, :]
-        weight = tl.where(valid, weight, 0.0)
-        # What lies beyond the end exceeds no threshold, and adds nothing to the sum.
-        cosine = tl.where(valid, cosine, float("-inf"))
+    is_edge = (i_count < BLOCK_I) | (j_count < BLOCK_J)
+    if is_edge:
+        weight = tl.where(i_mask[:, None] & j_mask[None, :], weight, 0.0)
     if WANT_SCALE:
-        moment = tl.where(weight == 0, 0.0, (cosine - tl.load(origin_ptr)) * weight)
+        moment = (cosine - tl.load(origin_ptr)) * weight
         moment = tl.sum(tl.sum(moment, 1).to(tl.float64), 0)
         tl.store(scale_part_ptr + i_block * tl.num_programs(1) + j_block, moment)
     if WANT_WEIGHTS:
-        hinge_weight = tl.load(hinge_weight_ptr)
         if ROW_HINGE or COLUMN_HINGE:
+            hinge_weight = tl.load(hinge_weight_ptr)
             cosine = _exclude_groups(cosine, offset + i_first, j_first, group_rows, BLOCK_I, BLOCK_J)
+            # What lies beyond the end exceeds no threshold.
+            if is_edge:
+                cosine = tl.where(i_mask[:, None] & j_mask[None, :], cosine, float("-inf"))
         if ROW_HINGE:
             threshold = tl.load(row_threshold_ptr + i_first + i_offsets, mask=i_mask, other=float("inf"))
             weight += tl.where(cosine > threshold[:, None], hinge_weight, 0.0)
@@ -317,7 +317,7 @@ def weights_kernel(
             threshold = tl.load(column_threshold_ptr + j_first + j_offsets, mask=j_mask, other=float("inf"))
             weight += tl.where(cosine > threshold[None, :], hinge_weight, 0.0)
         store_weights(
-            weight, high_ptr, low_ptr, i_block * BLOCK_I, j_block * BLOCK_J, stride, SPLIT, UNIT, BLOCK_I, BLOCK_J
+            weight, high_ptr, low_ptr, i_block * BLOCK_I, j_block * BLOCK_J, stride, SPLIT, INTERPRET, BLOCK_I, BLOCK_J
         )
 
 
@@ -535,22 +535,24 @@ def _softmax_terms(row_lse_B: Tensor, column_lse_G: Tensor, dtype: torch.dtype) 
 def specialisations(chip: str, dtype: torch.dtype, dim: int) -> list[Specialisation]:
     """What the two sweeps compile on a chip for rows of this dtype and width: with and without hinges, precise and
     fast."""
-    total, kind = TRITON_DTYPES[accumulation_dtype(dtype)], TRITON_DTYPES[dtype]
+    weights = numerics_for(dtype, chip, "precise").weights
+    kinds = tuple(TRITON_DTYPES[one] for one in (dtype, weights, accumulation_dtype(dtype)))
     operands = ("precise", "fast")
     found = []
     for has_hinge in (False, True):
         both = (has_hinge, has_hinge)
-        found.append(_specialise(statistics_kernel, _statistics_settings(chip, dtype, dim, *both), kind, total, dim))
-        found.append(_specialise(merge_kernel, _merge_settings(chip, dtype, dim, has_hinge), kind, total, dim))
+        found.append(_specialise(statistics_kernel, _statistics_settings(chip, dtype, dim, *both), kinds, dim))
+        found.append(_specialise(merge_kernel, _merge_settings(chip, dtype, dim, has_hinge), kinds, dim))
         for operand in operands if dtype != torch.float64 else operands[:1]:
             settings = _weights_settings(chip, dtype, dim, *both, True, True, operand)
-            found.append(_specialise(weights_kernel, settings, kind, total, dim))
+            found.append(_specialise(weights_kernel, settings, kinds, dim))
     return found + product_specialisations(chip, dtype, dim)
 
 
-def _specialise(kernel, settings: dict[str, Any], kind: str, total: str, dim: int) -> Specialisation:
-    """Of the pointers, features and weights have the features' dtype and most others the accumulators'."""
-    other_kinds = {"x_ptr": kind, "y_ptr": kind, "high_ptr": kind, "low_ptr": kind, "shared_ptr": "i32"}
+def _specialise(kernel, settings: dict[str, Any], kinds: tuple[str, ...], dim: int) -> Specialisation:
+    """`kinds`: of features, weights, and what is summed, which most pointers lead to."""
+    features, weights, total = kinds
+    other_kinds = {"x_ptr": features, "y_ptr": features, "high_ptr": weights, "low_ptr": weights, "shared_ptr": "i32"}
     other_kinds |= dict.fromkeys(("scale_part_ptr", "max_ptr", "sum_ptr", "hinge_ptr", "active_ptr"), "fp64")
     names = [name for name in kernel.arg_names if name not in settings]
     signature = {name: f"*{other_kinds.get(name, total)}" if name.endswith("_ptr") else "i32" for name in names}
@@ -607,7 +609,6 @@ def _weights_settings(
         "WANT_SCALE": want_scale,
         "WANT_WEIGHTS": want_weights,
         "SPLIT": numerics.split,
-        "UNIT": numerics.weight_unit,
         **tile_settings("contrastive_weights", chip, dtype, dim),
         **_launch_settings("contrastive_weights", chip, dtype, dim),
     }

@@ -17,15 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import INTERPRETER, Specialisation, blocks_for
+from kernels.launch import INTERPRETER, Blocks, Specialisation, blocks_for
 from kernels.rows.precision import accumulation_dtype
 
 # Rows of x and of y whose weights exist at once: 128 MiB for two 16-bit halves, and enough output tiles to fill a GPU.
 # The strip's rows of x and y, 24 MiB at D = 1024, stay in the second-level cache meanwhile.
 STRIP_ROWS = 4096
 STRIP_COLUMNS = 8192
-# float16 has no exponents below -24: weights up to 2, multiplied by this, use the ones that it has.
-FLOAT16_UNIT = 2.0**14
 TRITON_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 
 
@@ -34,28 +32,29 @@ class Numerics:
     """How products are formed on a chip for rows of one dtype.
 
     accumulator: what sums are kept in. cosine_precision, weight_precision: of float32 products, in Triton's words.
-    split: whether a weight is the sum of two 16-bit numbers. weight_unit: weights are stored as multiples of its
-    inverse.
+    weights: what weights are stored as. split: whether a weight is the sum of two such numbers.
     """
 
     accumulator: tl.dtype
     cosine_precision: str
     weight_precision: str
+    weights: torch.dtype
     split: bool
-    weight_unit: float
 
 
 def numerics_for(dtype: torch.dtype, chip: str, gradient_operand: str) -> Numerics:
-    """For float32 rows, NVIDIA's matrix units make three TF32 products of one (one, if "fast"); AMD's multiply
-    float32."""
-    is_precise = gradient_operand == "precise"
-    has_tf32 = dtype == torch.float32 and chip.startswith("sm_")
+    """Of float32 operands, NVIDIA's matrix units make three TF32 products (one, if "fast"); AMD's multiply float32.
+
+    float16 rows get float32 weights: small weights lie below float16's exponents, and large ones beyond.
+    """
+    is_precise, on_nvidia = gradient_operand == "precise", chip.startswith("sm_")
+    weights = torch.float32 if dtype == torch.float16 else dtype
     return Numerics(
         accumulator=tl.float64 if dtype == torch.float64 else tl.float32,
-        cosine_precision="tf32x3" if has_tf32 else "ieee",
-        weight_precision=("tf32x3" if is_precise else "tf32") if has_tf32 else "ieee",
-        split=is_precise and dtype in (torch.float16, torch.bfloat16),
-        weight_unit=FLOAT16_UNIT if dtype == torch.float16 else 1.0,
+        cosine_precision="tf32x3" if on_nvidia and dtype == torch.float32 else "ieee",
+        weight_precision=("tf32x3" if is_precise else "tf32") if on_nvidia and weights == torch.float32 else "ieee",
+        weights=weights,
+        split=is_precise and weights == torch.bfloat16,
     )
 
 
@@ -97,17 +96,27 @@ def cosine_tile(
 
 
 @triton.jit
+def _rounded(weight, dtype: tl.constexpr, INTERPRET: tl.constexpr):
+    # The interpreter cuts bfloat16 off where a GPU rounds to nearest even; of a number without the bits that it cuts
+    # off, nothing is lost.
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = weight.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        weight = bits.to(tl.float32, bitcast=True)
+    return weight.to(dtype)
+
+
+@triton.jit
 def store_weights(
-    weight, high_ptr, low_ptr, row, column, stride, SPLIT: tl.constexpr, UNIT: tl.constexpr, BLOCK_I, BLOCK_J
+    weight, high_ptr, low_ptr, row, column, stride, SPLIT: tl.constexpr, INTERPRET: tl.constexpr, BLOCK_I, BLOCK_J
 ):
     """A tile of weights to scratch memory, as one number or as a rounded one and the rest of it."""
     first = row * stride + column
     cells = tl.arange(0, BLOCK_I)[:, None] * stride + tl.arange(0, BLOCK_J)[None, :]
-    weight *= UNIT
-    high = weight.to(high_ptr.dtype.element_ty)
+    high = _rounded(weight, high_ptr.dtype.element_ty, INTERPRET)
     tl.store(high_ptr + first + cells, high)
     if SPLIT:
-        tl.store(low_ptr + first + cells, (weight - high.to(weight.dtype)).to(high.dtype))
+        tl.store(low_ptr + first + cells, _rounded(weight - high.to(weight.dtype), high.dtype, INTERPRET))
 
 
 @triton.jit(do_not_specialize=["num_out", "num_inner"])
@@ -122,7 +131,6 @@ def add_products_kernel(
     stride,
     TRANSPOSED: tl.constexpr,
     SPLIT: tl.constexpr,
-    UNIT: tl.constexpr,
     EVEN: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -151,7 +159,7 @@ def add_products_kernel(
         out_mask = out_mask & (d_offsets < dim)[None, :]
     out_ptr += first * dim
     # Starting from what is there needs fewer registers at the end.
-    total = tl.load(out_ptr + out_cells, mask=out_mask, other=0.0) * UNIT
+    total = tl.load(out_ptr + out_cells, mask=out_mask, other=0.0)
     for k in range(0, num_inner, BLOCK_K):
         # Rows beyond the strip are masked although their weights are zero: zero times NaN is not.
         mask = (k_offsets < num_inner - k)[:, None]
@@ -159,6 +167,7 @@ def add_products_kernel(
             mask = mask & (d_offsets < dim)[None, :]
         rows = tl.load(rows_ptr + row_cells, mask=mask, other=0.0)
         high = tl.load(high_ptr + cells)
+        rows = rows.to(high.dtype)
         if INTERPRET:
             rows, high = rows.to(ACC), high.to(ACC)
         if TRANSPOSED:
@@ -174,7 +183,7 @@ def add_products_kernel(
         rows_ptr += BLOCK_K * dim
         high_ptr += step
         low_ptr += step
-    tl.store(out_ptr + out_cells, total / UNIT, mask=out_mask)
+    tl.store(out_ptr + out_cells, total, mask=out_mask)
 
 
 def strips(num_x: int, num_y: int) -> Iterator[tuple[slice, slice]]:
@@ -198,15 +207,19 @@ def tile_settings(kernel: str, chip: str, dtype: torch.dtype, dim: int) -> dict[
     }
 
 
+def product_blocks(chip: str, dtype: torch.dtype, dim: int) -> Blocks:
+    """For rows of this dtype; what counts is what their weights are stored as."""
+    return blocks_for("add_products", chip, numerics_for(dtype, chip, "precise").weights, dim)
+
+
 def product_settings(
     chip: str, dtype: torch.dtype, dim: int, gradient_operand: str, transposed: bool
 ) -> dict[str, Any]:
     """Constexprs of `add_products_kernel`."""
-    blocks, numerics = blocks_for("add_products", chip, dtype, dim), numerics_for(dtype, chip, gradient_operand)
+    blocks, numerics = product_blocks(chip, dtype, dim), numerics_for(dtype, chip, gradient_operand)
     return {
         "TRANSPOSED": transposed,
         "SPLIT": numerics.split,
-        "UNIT": numerics.weight_unit,
         "EVEN": dim % blocks.columns == 0,
         "ACC": numerics.accumulator,
         "PRECISION": numerics.weight_precision,
@@ -229,15 +242,16 @@ class Weights:
     @classmethod
     def scratch(cls, kernel: str, x_BD: Tensor, y_GD: Tensor, chip: str, gradient_operand: str) -> "Weights":
         """For the strips of x_BD and y_GD, whose weights `kernel` writes in whole tiles."""
-        blocks, products = (blocks_for(name, chip, x_BD.dtype, x_BD.shape[1]) for name in (kernel, "add_products"))
+        dtype, dim = x_BD.dtype, x_BD.shape[1]
+        blocks, products = blocks_for(kernel, chip, dtype, dim), product_blocks(chip, dtype, dim)
         # Summed over, an axis is read as far as it was written; otherwise in blocks, whose surplus is not stored.
         shape = [
             triton.cdiv(min(len(rows), most), max(tile, products.rows)) * max(tile, products.rows)
             for rows, most, tile in ((x_BD, STRIP_ROWS, blocks.rows), (y_GD, STRIP_COLUMNS, blocks.columns))
         ]
-        high = x_BD.new_empty(shape)
-        split = numerics_for(x_BD.dtype, chip, gradient_operand).split
-        return cls(high, x_BD.new_empty(shape) if split else high, chip, gradient_operand)
+        numerics = numerics_for(dtype, chip, gradient_operand)
+        high = x_BD.new_empty(shape, dtype=numerics.weights)
+        return cls(high, torch.empty_like(high) if numerics.split else high, chip, gradient_operand)
 
     @property
     def stride(self) -> int:
@@ -247,7 +261,7 @@ class Weights:
         """out_ID += weights @ rows_KD, or the transposed weights, in place; out_ID in the accumulation dtype."""
         dim = rows_KD.shape[1]
         settings = product_settings(self.chip, rows_KD.dtype, dim, self.gradient_operand, transposed)
-        blocks = blocks_for("add_products", self.chip, rows_KD.dtype, dim)
+        blocks = product_blocks(self.chip, rows_KD.dtype, dim)
         grid = (triton.cdiv(dim, blocks.columns), triton.cdiv(len(out_ID), blocks.rows))
         add_products_kernel[grid](
             self.high,
@@ -266,10 +280,11 @@ class Weights:
 
 def product_specialisations(chip: str, dtype: torch.dtype, dim: int) -> list[Specialisation]:
     """What `Weights.add_products` compiles: own rows and the other tower's, precise and fast."""
-    rows, total = (f"*{TRITON_DTYPES[kind]}" for kind in (dtype, accumulation_dtype(dtype)))
-    signature = {"high_ptr": rows, "low_ptr": rows, "rows_ptr": rows, "out_ptr": total}
+    kinds = (dtype, numerics_for(dtype, chip, "precise").weights, accumulation_dtype(dtype))
+    rows, weights, total = (f"*{TRITON_DTYPES[kind]}" for kind in kinds)
+    signature = {"high_ptr": weights, "low_ptr": weights, "rows_ptr": rows, "out_ptr": total}
     signature |= dict.fromkeys(("num_out", "num_inner", "dim", "stride"), "i32")
-    blocks = blocks_for("add_products", chip, dtype, dim)
+    blocks = product_blocks(chip, dtype, dim)
     return [
         Specialisation(
             kernel="add_products",

@@ -139,7 +139,6 @@ def sigmoid_weights_kernel(
     offset,
     stride,
     SPLIT: tl.constexpr,
-    UNIT: tl.constexpr,
     EVEN: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -159,7 +158,7 @@ def sigmoid_weights_kernel(
     tl.store(sum_ptr + 2 * program, _total(weight * cosine, is_row))
     tl.store(sum_ptr + 2 * program + 1, _total(weight, is_row))
     row, column = tl.program_id(1).to(tl.int64) * BLOCK_I, tl.program_id(0).to(tl.int64) * BLOCK_J
-    store_weights(weight, high_ptr, low_ptr, row, column, stride, SPLIT, UNIT, BLOCK_I, BLOCK_J)
+    store_weights(weight, high_ptr, low_ptr, row, column, stride, SPLIT, INTERPRET, BLOCK_I, BLOCK_J)
 
 
 def negative_sum(
@@ -276,7 +275,6 @@ def _weight_settings(chip: str, dtype: torch.dtype, dim: int, gradient_operand: 
     numerics = numerics_for(dtype, chip, gradient_operand)
     return {
         "SPLIT": numerics.split,
-        "UNIT": numerics.weight_unit,
         **tile_settings("sigmoid_weights", chip, dtype, dim),
     }
 
@@ -287,7 +285,8 @@ def specialisations(chip: str, dtype: torch.dtype, dim: int) -> list[Specialisat
     pointers = {"x_ptr": rows, "y_ptr": rows, "scalars_ptr": total, "sum_ptr": "*fp64"}
     sizes = dict.fromkeys(("num_x", "num_y", "dim", "offset"), "i32")
     sum_signature = pointers | sizes
-    weight_signature = pointers | {"high_ptr": rows, "low_ptr": rows} | sizes | {"stride": "i32"}
+    weights = f"*{TRITON_DTYPES[numerics_for(dtype, chip, 'precise').weights]}"
+    weight_signature = pointers | {"high_ptr": weights, "low_ptr": weights} | sizes | {"stride": "i32"}
     found = [_specialisation(negative_sum_kernel, sum_signature, _sum_settings(chip, dtype, dim), chip, dtype, dim)]
     for gradient_operand in ("precise", "fast"):
         settings = _weight_settings(chip, dtype, dim, gradient_operand)
