@@ -232,7 +232,7 @@ def test_killed_run_goes_on_where_it_stopped_and_gives_the_same_store(reference,
     assert store_bytes(out) == store_bytes(reference)
 
 
-@pytest.mark.parametrize("step", ["write_rejected", "number_samples", "write_ledger", "write_index", "write_manifest"])
+@pytest.mark.parametrize("step", ["write_rejected", "number_all", "write_ledger", "write_index", "write_manifest"])
 def test_run_that_dies_while_finishing_is_finished_by_the_next(reference, shards, tmp_path, monkeypatch, step):
     import train.ingest.finish as finish
 
@@ -252,7 +252,7 @@ def test_run_that_dies_while_finishing_is_finished_by_the_next(reference, shards
 def test_fragment_that_was_damaged_before_the_end_is_named(shards, tmp_path, monkeypatch, capsys):
     import train.ingest.finish as finish
 
-    monkeypatch.setattr(finish, "number_samples", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(finish, "number_all", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         ingest(shards / "*.tar", tmp_path / "store")
     monkeypatch.undo()

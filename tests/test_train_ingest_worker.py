@@ -6,19 +6,21 @@ import random
 import struct
 import tracemalloc
 import zlib
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from tests.tar_shards import image_bytes, rejected, sample, samples, write_tar
-from train.ingest.decode import Rejected, check_image, read_pair
+from train.ingest.decode import Rejected, read_pair, read_picture
 from train.ingest.plan import Parameters
 from train.ingest.sources import expand_shards
 from train.ingest.tar_index import Member, index_tar, read_member
 from train.ingest.worker import ingest_shard, read_fragment
 
 MAX_PIXELS = 10_000
+PARAMETERS = Parameters(max_pixels=MAX_PIXELS, shard_size_mib=1)
 
 
 def pair_of(members):
@@ -27,7 +29,7 @@ def pair_of(members):
     for extension, content in members:
         places.setdefault(extension, []).append(Member(len(data), len(content)))
         data += content
-    return read_pair("k", places, lambda place: data[place.offset : place.offset + place.size], MAX_PIXELS)
+    return read_pair("k", places, lambda place: data[place.offset : place.offset + place.size], PARAMETERS)
 
 
 def reason_of(*members):
@@ -42,7 +44,9 @@ def fragment(tar, tmp_path, **parameters):
     ingest_shard(
         expand_shards([str(tar)])[0],
         folder,
-        Parameters(**{"max_pixels": MAX_PIXELS, "shard_size_mib": 1, **parameters}),
+        replace(PARAMETERS, **parameters),
+        "the plan's digest",
+        lambda done, total: None,
     )
     return pq.read_table(folder / "rows.parquet")["key"].to_pylist(), rejected(folder), read_fragment(folder)
 
@@ -93,7 +97,7 @@ def test_other_image_formats_are_rejected():
 def category_of(image):
     """ "kept", or the category of the reason."""
     try:
-        check_image(image, MAX_PIXELS)
+        read_picture(image, PARAMETERS)
     except Rejected as reason:
         return str(reason).split(":")[0]
     return "kept"

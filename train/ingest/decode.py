@@ -1,6 +1,7 @@
 """One sample of a tar: a pair to keep, or the reason to reject it.
 
-In: the members of one key. Out: a `Pair` with the bytes as found, or `Rejected`. Nothing here is fatal.
+In: the members of one key. Out: a `Pair` with the bytes as found (smaller ones when `--reencode` asks for it), or
+`Rejected`. Nothing here is fatal.
 """
 
 import io
@@ -8,9 +9,12 @@ import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 
 from PIL import Image
 
+from train.ingest.plan import Parameters
+from train.ingest.reencode import CannotShrink, Picture, shrink
 from train.ingest.tar_index import Member
 
 # The first of these that a key has is its image.
@@ -28,16 +32,23 @@ class Rejected(Exception):
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair to keep: image bytes and caption as found, size in pixels from the image's header."""
+    """A pair to keep: caption as found, image bytes as they are stored, their size in pixels.
+
+    `image_sha256` is of the bytes as found: equal pictures stay equal, and downloads comparable, whatever is stored.
+    """
 
     key: str
     image: bytes
     caption: str
     width: int
     height: int
+    image_sha256: str
+    shrunk: bool
 
 
-def read_pair(key: str, members: dict[str, list[Member]], read: Callable[[Member], bytes], max_pixels: int) -> Pair:
+def read_pair(
+    key: str, members: dict[str, list[Member]], read: Callable[[Member], bytes], parameters: Parameters
+) -> Pair:
     """Check everything about one key and return its pair. `read` gives a member's bytes.
 
     Raises Rejected with the reason.
@@ -52,8 +63,9 @@ def read_pair(key: str, members: dict[str, list[Member]], read: Callable[[Member
         check_json(read_once(members[JSON_EXTENSION], JSON_EXTENSION, read))
     caption = decode_caption(read_once(members[CAPTION_EXTENSION], CAPTION_EXTENSION, read))
     image = read_once(members[extension], extension, read)
-    width, height = check_image(image, max_pixels)
-    return Pair(key, image, caption, width, height)
+    picture = read_picture(image, parameters)
+    image_sha256, shrunk = sha256(image).hexdigest(), picture.data is not image
+    return Pair(key, picture.data, caption, picture.width, picture.height, image_sha256, shrunk)
 
 
 def check_key(key: str) -> None:
@@ -93,28 +105,36 @@ def decode_caption(data: bytes) -> str:
     return caption
 
 
-def check_image(data: bytes, max_pixels: int) -> tuple[int, int]:
-    """Width and height of an image that decodes fully, at most `max_pixels` pixels by its header.
+def read_picture(data: bytes, parameters: Parameters) -> Picture:
+    """The picture to store: `data` itself when it decodes fully and is small enough, else a smaller one of its format.
 
     Raises Rejected.
     """
     try:
         with warnings.catch_warnings():
-            # Pillow's own bomb warning: the limit below is the one that counts.
+            # Pillow's own bomb warning: --max-pixels is the limit that counts.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise Rejected(f"too many pixels: {width} x {height}, --max-pixels is {max_pixels}")
-                image.load()
+                return decode_picture(image, data, parameters)
     except (Rejected, MemoryError):
         raise
+    except CannotShrink as error:
+        raise Rejected(f"cannot be shrunk: {error}") from error
     except Image.DecompressionBombError as error:
         raise Rejected(f"too many pixels: {error}") from error
     # Decoders meet corrupt bytes with any exception: OSError, SyntaxError, ValueError, struct.error, ...
     except Exception as error:
         raise Rejected(f"undecodable image: {describe(error)}") from error
-    return width, height
+
+
+def decode_picture(image: Image.Image, data: bytes, parameters: Parameters) -> Picture:
+    width, height = image.size
+    if width * height > parameters.max_pixels:
+        raise Rejected(f"too many pixels: {width} x {height}, --max-pixels is {parameters.max_pixels}")
+    if parameters.max_side is not None and max(width, height) > parameters.max_side:
+        return shrink(image, parameters.max_side, parameters.quality)
+    image.load()
+    return Picture(data, width, height)
 
 
 def describe(error: Exception) -> str:

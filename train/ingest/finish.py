@@ -1,22 +1,20 @@
 """From fragments to a PairStore: ids, ledger, checksums, index, and last the manifest, whose presence says "complete".
 
-In: one fragment a source shard, in the order of the shard names. Out: the files of train.data.pair_store. Everything
-here writes the same bytes when it is repeated, so a kill in the middle only means to run it again.
+In: one fragment a source shard, in the order of the shard names. Out: the files of train.data.pair_store. Fragments are
+read one after the other, so memory does not grow with their number. Everything here writes the same bytes when it is
+repeated, so a kill in the middle only means to run it again.
 """
 
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from mining.manifest import MANIFEST_NAME, fingerprint, fsync_folder, write_manifest
 from train.data.pair_store import (
@@ -25,135 +23,119 @@ from train.data.pair_store import (
     INDEX_NAME,
     KIND,
     LEDGER_NAME,
-    PAIR_ID_BYTES,
     REJECTED_NAME,
     SHARDS_FOLDER,
 )
-from train.ingest.plan import Parameters
-from train.ingest.worker import (
-    LEDGER_SCHEMA,
-    REJECTED_SCHEMA,
-    ROWS_NAME,
-    fragment_folder,
-    read_fragment,
-)
+from train.ingest.numbering import NUMBERED_NAME, each_fragment, number_all
+from train.ingest.plan import Plan
+from train.ingest.source_table import add_up
+from train.ingest.worker import LEDGER_SCHEMA, REJECTED_SCHEMA, ROWS_NAME, fragment_folder
+
+CHECKSUM_TYPE = np.dtype("<u4")
 
 
-def finish_store(out: Path, num_shards: int, parameters: Parameters, workers: int) -> None:
+def finish_store(out: Path, plan: Plan, workers: int) -> None:
     """Turn the fragments below `out` into a complete PairStore.
 
     Raises ValueError when no pair was kept, or a fragment is not what its worker wrote.
     """
-    folders = [fragment_folder(out / SHARDS_FOLDER, number) for number in range(num_shards)]
-    fragments = [read_fragment(folder) for folder in folders]
-    write_rejected(out, folders)
-    check_any_kept(out, fragments)
-    first_ids = np.concatenate([[0], np.cumsum([fragment["num_pairs"] for fragment in fragments])]).tolist()
-    number_samples(folders, fragments, first_ids, workers)
-    write_ledger(out, folders, first_ids)
-    write_index(out, folders, fragments)
+    write_rejected(out, plan)
+    num_pairs, counts = count_fragments(out, plan)
+    check_any_kept(out, len(plan.shards), num_pairs, counts["num_rejected"])
+    number_all(out, plan, workers)
+    write_ledger(out, plan, num_pairs)
+    write_index(out, plan)
     names = [INDEX_NAME, LEDGER_NAME, REJECTED_NAME, CHECKSUMS_NAME]
     make_durable([out / name for name in names])
     write_manifest(
         out,
         KIND,
         FORMAT_VERSION,
-        num_pairs=first_ids[-1],
-        num_rejected=count_rejected(fragments),
-        num_source_shards=num_shards,
-        parameters=asdict(parameters),
-        fingerprint=store_fingerprint(fragments),
+        num_pairs=num_pairs,
+        **counts,
+        num_source_shards=len(plan.shards),
+        parameters=asdict(plan.parameters),
         files={name: (out / name).stat().st_size for name in names},
     )
 
 
-def store_fingerprint(fragments: Sequence[dict[str, Any]]) -> str:
-    """Of the pairs themselves: equal for every way to the same pairs under the same ids."""
-    contents = [[fragment["shard"], fragment["num_pairs"], fragment["content"]] for fragment in fragments]
-    return fingerprint(KIND, FORMAT_VERSION, [content for content in contents if content[1]])
+def count_fragments(out: Path, plan: Plan) -> tuple[int, dict]:
+    """Number of pairs, and the manifest's fields that are added up over all fragments."""
+    num_rejected, num_shrunk, contents, tables = Counter(), 0, [], []
+    next_id = 0
+    for _, fragment, first_id in each_fragment(out, plan):
+        next_id = first_id + fragment["num_pairs"]
+        num_rejected.update(fragment["num_rejected"])
+        num_shrunk += fragment["num_shrunk"]
+        tables.append(fragment["table"])
+        if fragment["num_pairs"]:
+            contents.append([fragment["shard"], fragment["num_pairs"], fragment["content"]])
+    return next_id, {
+        "num_rejected": in_order_of_frequency(num_rejected),
+        "num_shrunk": num_shrunk,
+        "source_tables": add_up(tables),
+        # Of the pairs themselves: equal for every way to the same pairs under the same ids.
+        "fingerprint": fingerprint(KIND, FORMAT_VERSION, contents),
+    }
 
 
-def count_rejected(fragments: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """Rejected rows by category, most frequent first."""
-    counts = sum((Counter(fragment["num_rejected"]) for fragment in fragments), Counter())
+def in_order_of_frequency(counts: Mapping[str, int]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def describe_rejected(counts: dict[str, int]) -> str:
+def describe_rejected(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{reason} {count:,}" for reason, count in counts.items())
 
 
-def check_any_kept(out: Path, fragments: Sequence[dict[str, Any]]) -> None:
-    if any(fragment["num_pairs"] for fragment in fragments):
+def check_any_kept(out: Path, num_shards: int, num_pairs: int, rejected: Mapping[str, int]) -> None:
+    if num_pairs:
         return
-    counts = count_rejected(fragments)
-    if not counts:
-        raise ValueError(f"no sample in {len(fragments)} shards; members are to be called KEY.jpg, KEY.txt, KEY.json")
+    if not rejected:
+        raise ValueError(f"no sample in {num_shards} shards; members are to be called KEY.jpg, KEY.txt, KEY.json")
     raise ValueError(
-        f"every sample was rejected ({describe_rejected(counts)}); {out / REJECTED_NAME} says why for each; "
+        f"every sample was rejected ({describe_rejected(rejected)}); {out / REJECTED_NAME} says why for each; "
         "nothing to train on, so no store was made"
     )
 
 
-def number_samples(
-    folders: Sequence[Path], fragments: Sequence[dict[str, Any]], first_ids: Sequence[int], workers: int
-) -> None:
-    """Fill in the pair_id of every sample, several files at a time."""
-    jobs = []
-    for folder, fragment, first_id in zip(folders, fragments, first_ids[:-1], strict=True):
-        for info in fragment["mds"]:
-            jobs.append((folder / info["raw_data"]["basename"], info, first_id))
-            first_id += info["samples"]
-    with ThreadPoolExecutor(workers) as pool:
-        results = pool.map(lambda job: number_file(*job), jobs)
-        for _ in tqdm(results, "ids", len(jobs), unit="file", dynamic_ncols=True, mininterval=0.5):
-            pass
+def write_ledger(out: Path, plan: Plan, num_pairs: int) -> None:
+    """Ledger and checksums, one row group of one fragment in memory at a time."""
+    header = {"descr": CHECKSUM_TYPE.str, "fortran_order": False, "shape": (num_pairs,)}
+    with (
+        open(out / CHECKSUMS_NAME, "wb") as checksums,
+        pq.ParquetWriter(out / LEDGER_NAME, LEDGER_SCHEMA, compression="zstd") as ledger,
+    ):
+        np.lib.format.write_array_header_1_0(checksums, header)
+        for folder, _, first_id in each_fragment(out, plan):
+            with pq.ParquetFile(folder / ROWS_NAME) as rows:
+                for group in range(rows.num_row_groups):
+                    table = rows.read_row_group(group)
+                    checksums.write(table["checksum"].to_numpy().astype(CHECKSUM_TYPE).tobytes())
+                    pair_ids = pa.array(np.arange(first_id, first_id + table.num_rows, dtype=np.int64))
+                    ledger.write_table(table.drop_columns("checksum").add_column(0, "pair_id", pair_ids))
+                    first_id += table.num_rows
 
 
-def number_file(file: Path, info: dict[str, Any], first_id: int) -> None:
-    """Write first_id, first_id + 1, ... into the last eight bytes of the samples of one MDS file."""
-    if not file.is_file() or file.stat().st_size != info["raw_data"]["bytes"]:
-        raise ValueError(f"{file} is not as it was written; delete {file.parent} and run the same command again")
-    mapped = np.memmap(file, np.uint8, "r+")
-    num_samples = info["samples"]
-    # MDS: uint32 count, then count + 1 uint32 offsets, the end of each sample being the start of the next.
-    ends = mapped[8 : 8 + 4 * num_samples].view("<u4").astype(np.int64)
-    places = ends[:, None] - PAIR_ID_BYTES + np.arange(PAIR_ID_BYTES)
-    mapped[places] = np.arange(first_id, first_id + num_samples, dtype="<i8").view(np.uint8).reshape(-1, PAIR_ID_BYTES)
-    mapped.flush()
-
-
-def write_ledger(out: Path, folders: Sequence[Path], first_ids: Sequence[int]) -> None:
-    """Ledger and checksums, one row group a source shard, so that memory holds one shard's rows."""
-    checksums_N = np.lib.format.open_memmap(out / CHECKSUMS_NAME, "w+", np.uint32, (first_ids[-1],))
-    with pq.ParquetWriter(out / LEDGER_NAME, LEDGER_SCHEMA, compression="zstd") as writer:
-        for folder, start, stop in zip(folders, first_ids, first_ids[1:], strict=False):
-            if start == stop:
-                continue
-            rows = pq.read_table(folder / ROWS_NAME)
-            checksums_N[start:stop] = rows["checksum"].to_numpy()
-            pair_ids = pa.array(np.arange(start, stop, dtype=np.int64))
-            writer.write_table(rows.drop_columns("checksum").add_column(0, "pair_id", pair_ids))
-    checksums_N.flush()
-
-
-def write_rejected(out: Path, folders: Sequence[Path]) -> None:
+def write_rejected(out: Path, plan: Plan) -> None:
     with pq.ParquetWriter(out / REJECTED_NAME, REJECTED_SCHEMA, compression="zstd") as writer:
-        for folder in folders:
-            rejected = pq.read_table(folder / REJECTED_NAME)
-            if rejected.num_rows:
-                writer.write_table(rejected)
+        for folder, _, _ in each_fragment(out, plan):
+            with pq.ParquetFile(folder / REJECTED_NAME) as rejected:
+                for group in range(rejected.num_row_groups):
+                    writer.write_table(rejected.read_row_group(group))
 
 
-def write_index(out: Path, folders: Sequence[Path], fragments: Sequence[dict[str, Any]]) -> None:
+def write_index(out: Path, plan: Plan) -> None:
     """One MDS index over the files of all fragments, in the order of the ids."""
-    shards = []
-    for folder, fragment in zip(folders, fragments, strict=True):
-        for info in fragment["mds"]:
-            basename = f"{SHARDS_FOLDER}/{folder.name}/{info['raw_data']['basename']}"
-            shards.append({**info, "raw_data": {**info["raw_data"], "basename": basename}})
-    text = json.dumps({"version": 2, "shards": shards}, sort_keys=True)
-    (out / INDEX_NAME).write_text(text, encoding="utf-8")
+    separator = ""
+    with open(out / INDEX_NAME, "w", encoding="utf-8") as file:
+        file.write('{"shards": [')
+        for folder, fragment, _ in each_fragment(out, plan):
+            for info in fragment["mds"]:
+                basename = f"{SHARDS_FOLDER}/{folder.name}/{info['raw_data']['basename']}"
+                entry = {**info, "raw_data": {**info["raw_data"], "basename": basename}}
+                file.write(separator + json.dumps(entry, sort_keys=True))
+                separator = ", "
+        file.write('], "version": 2}')
 
 
 def make_durable(files: Sequence[Path]) -> None:
@@ -168,7 +150,7 @@ def remove_fragment_files(out: Path, num_shards: int) -> None:
     """After the manifest: what only `finish_store` needed, so that the store holds each fact once."""
     for number in range(num_shards):
         folder = fragment_folder(out / SHARDS_FOLDER, number)
-        for name in (ROWS_NAME, REJECTED_NAME, MANIFEST_NAME, INDEX_NAME):
+        for name in (ROWS_NAME, REJECTED_NAME, MANIFEST_NAME, INDEX_NAME, NUMBERED_NAME):
             (folder / name).unlink(missing_ok=True)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()

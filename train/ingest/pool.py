@@ -1,35 +1,38 @@
-"""Fragments of many source shards at once: worker processes, progress, and what happens when something fails.
+"""Many source shards at once: worker processes, progress, and what happens when something fails.
 
-In: the shards that are still to do. Out: their fragments. One shard that cannot be read does not stop the others; it is
-named at the end.
+In: what to do with a shard, and the shards that are still to do. Out: the results, as they come. One shard that cannot
+be read does not stop the others; it is named at the end.
 """
 
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageFile
 from tqdm import tqdm
 
-from train.data.pair_store import SHARDS_FOLDER
-from train.ingest.plan import Parameters
+from train.ingest.samples import Report
 from train.ingest.sources import Source, UnreadableShard
-from train.ingest.worker import fragment_folder, ingest_shard
 
 # Imported once in the fork server, so that a worker starts in milliseconds.
-PRELOADED = ["streaming", "webdataset", "pyarrow.parquet", "PIL.Image"]
+PRELOADED = ["streaming", "train.ingest.worker"]
 MAX_UNREADABLE_SHARDS = 8
+# Shards handed to the pool ahead of the workers: enough that none waits, few enough that memory does not grow with them.
+AHEAD_PER_WORKER = 4
 REFRESH_S = 0.5
 REPORT_EVERY_SAMPLES = 16
 BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} shards [{elapsed}<{remaining}{postfix}]"
+
+# What is done with one shard: (number, source, report) -> result, both picklable.
+Work = Callable[[int, Source, Report], Any]
 
 # The worker's end of the two counters (shards with fractions, samples); set by start_worker.
 _counters: Any = None
@@ -60,7 +63,7 @@ def kill_group(worker: BaseProcess) -> None:
         worker.kill()
 
 
-def run_shard(number: int, source: Source, out: Path, parameters: Parameters) -> None:
+def run_shard(work: Work, number: int, source: Source) -> Any:
     reported = 0
 
     def report(done: int, total: int) -> None:
@@ -71,33 +74,48 @@ def run_shard(number: int, source: Source, out: Path, parameters: Parameters) ->
                 _counters[1] += done - reported
             reported = done
 
-    ingest_shard(source, fragment_folder(out / SHARDS_FOLDER, number), parameters, report)
+    result = work(number, source, report)
+    if not reported:
+        # A shard without keys is done as well.
+        with _counters.get_lock():
+            _counters[0] += 1
+    return result
 
 
-def ingest_shards(sources: Sequence[Source], out: Path, parameters: Parameters, workers: int) -> None:
-    """Make the fragment of every shard that has none yet.
+def run_on_shards(
+    work: Work,
+    jobs: Sequence[tuple[int, Source]],
+    *,
+    workers: int,
+    num_finished: int = 0,
+    on_result: Callable[[Any], None] = lambda result: None,
+    description: str = "ingest",
+    remedy: str = "run the same command again",
+    preloaded: Sequence[str] = PRELOADED,
+) -> None:
+    """Call `work` for every job in worker processes, and `on_result` here with each result, in the order they come.
 
-    Raises ValueError naming the shards that could not be read, after all others are done, and when a worker dies.
+    `num_finished` shards of an earlier run only count in the progress bar. Raises ValueError naming the shards that could
+    not be read, after all others are done, and when a worker dies.
     """
-    jobs = [job for job in enumerate(sources) if not fragment_folder(out / SHARDS_FOLDER, job[0]).is_dir()]
     if not jobs:
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(list(preloaded))
     counters = context.Array("d", 2)
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
         min(workers, len(jobs)), mp_context=context, initializer=start_worker, initargs=(counters,)
     )
-    bar = tqdm(desc="ingest", total=len(sources), bar_format=BAR_FORMAT, dynamic_ncols=True)
+    bar = tqdm(desc=description, total=num_finished + len(jobs), bar_format=BAR_FORMAT, dynamic_ncols=True)
     try:
         # The first submit starts the fork server, which takes seconds: the bar is there before.
-        futures = [pool.submit(run_shard, number, source, out, parameters) for number, source in jobs]
-        unreadable = watch(futures, counters, bar)
+        submitted = (pool.submit(run_shard, work, number, source) for number, source in jobs)
+        unreadable = watch(submitted, AHEAD_PER_WORKER * workers, counters, num_finished, bar, on_result)
         pool.shutdown(cancel_futures=True)
     except BrokenProcessPool as error:
         raise ValueError(
-            "a worker process died, most often for lack of memory; run the same command again with fewer --workers"
+            f"a worker process died, most often for lack of memory; {remedy} with fewer --workers"
         ) from error
     except BaseException:
         # Ctrl-C, a full disk: what the workers are writing is given up, fragments are whole or absent.
@@ -109,29 +127,39 @@ def ingest_shards(sources: Sequence[Source], out: Path, parameters: Parameters, 
         bar.close()
     if unreadable:
         raise ValueError(
-            f"{unreadable[0]} ({len(unreadable)} of {len(sources)} shards failed); finished shards are kept: run the "
-            "same command again when it can be read"
+            f"{unreadable[0]} ({len(unreadable)} of {bar.total} shards failed); {remedy} when it can be read"
         )
 
 
-def watch(futures: list[Future], counters: Any, bar: tqdm) -> list[str]:
+def watch(
+    submitted: Iterator[Future],
+    num_ahead: int,
+    counters: Any,
+    num_finished: int,
+    bar: tqdm,
+    on_result: Callable[[Any], None],
+) -> list[str]:
     """Wait for all, showing progress; returns what could not be read, and gives up early when that is too much."""
     unreadable = []
-    finished_before = bar.total - len(futures)
     # Shards of an earlier run count as done, not as speed.
-    bar.initial = bar.n = finished_before
-    pending = set(futures)
-    start_s = time.monotonic()
+    bar.initial = bar.n = num_finished
+    pending = set(itertools.islice(submitted, num_ahead))
+    start_s = shown_s = time.monotonic()
     while pending and len(unreadable) < MAX_UNREADABLE_SHARDS:
         done, pending = wait(pending, timeout=REFRESH_S, return_when=FIRST_COMPLETED)
+        # Before the results are looked at, so that the workers go on meanwhile.
+        pending |= set(itertools.islice(submitted, len(done)))
         for future in done:
             if isinstance(future.exception(), UnreadableShard):
                 unreadable.append(str(future.exception()))
             else:
-                future.result()
-        num_samples = int(counters[1])
-        rate = num_samples / (time.monotonic() - start_s)
-        bar.set_postfix_str(f"{num_samples:,} pairs, {rate:,.0f} pair/s", refresh=False)
-        bar.n = round(finished_before + counters[0], 3)
-        bar.refresh()
+                on_result(future.result())
+        now_s = time.monotonic()
+        # Not at every shard: a thousand small ones would fill the terminal's log.
+        if now_s - shown_s >= REFRESH_S or not pending:
+            shown_s = now_s
+            num_samples = int(counters[1])
+            bar.set_postfix_str(f"{num_samples:,} pairs, {num_samples / (now_s - start_s):,.0f} pair/s", refresh=False)
+            bar.n = round(num_finished + counters[0], 3)
+            bar.refresh()
     return unreadable

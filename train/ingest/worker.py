@@ -1,35 +1,36 @@
 """One source shard into one fragment: a folder of MDS files in the order of the keys, with the rows of its ledger.
 
 In: a `Source`. Out: `shards/<number>/`, complete or absent:
-    shard.*.mds, index.json   the pairs, pair_id still 0 (`finish` fills it in)
+    shard.*.mds, index.json   the pairs, pair_id still 0 (`numbering` fills it in)
     rows.parquet              the ledger's columns but pair_id, and each sample's checksum
     rejected.parquet          shard, key, reason
-    manifest.json             counts, the MDS index, a digest of the content
-Memory: the tar's offsets, one sample, one MDS file being filled.
+    manifest.json             counts, the MDS index, a digest of the content, a digest of the plan it belongs to
+Memory: the tar's offsets, one sample, one MDS file being filled, one row group of the ledger.
 """
 
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mining.manifest import commit_folder, read_manifest, write_manifest
 from train.data.pair_store import MDS_COLUMNS, REJECTED_NAME, caption_hash, sample_checksum
-from train.ingest.decode import Pair, Rejected, read_pair
+from train.ingest.decode import Pair
 from train.ingest.plan import Parameters
-from train.ingest.sources import Source, plain_path, plain_tar
-from train.ingest.tar_index import TarIndex, index_tar, read_member
+from train.ingest.samples import Outcome, Report, Samples, open_samples, printable, reason_category
+from train.ingest.sources import Source
 
 FRAGMENT_KIND = "IngestFragment"
-FRAGMENT_VERSION = 1
+FRAGMENT_VERSION = 2
 ROWS_NAME = "rows.parquet"
+# More rows than most tars hold; larger tars are written group by group.
+ROWS_PER_GROUP = 16_384
 LEDGER_FIELDS = [
     ("key", pa.string()),
     ("shard", pa.string()),
@@ -41,30 +42,70 @@ LEDGER_FIELDS = [
 LEDGER_SCHEMA = pa.schema([("pair_id", pa.int64()), *LEDGER_FIELDS])
 ROWS_SCHEMA = pa.schema([*LEDGER_FIELDS, ("checksum", pa.uint32())])
 REJECTED_SCHEMA = pa.schema([("shard", pa.string()), ("key", pa.string()), ("reason", pa.string())])
+REMEDY = "delete that folder and run the same command again"
 
 
-@dataclass
-class FragmentRows:
-    """What a fragment says about its pairs beside the MDS files, filled pair by pair."""
+class RowFile:
+    """A parquet file that is written row by row and holds one row group in memory."""
 
-    shard: str
-    rows: list[tuple[Any, ...]] = field(default_factory=list)
-    rejected: list[tuple[str, str, str]] = field(default_factory=list)
-    content: Any = field(default_factory=sha256)
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.schema = schema
+        self.num_rows = 0
+        self._writer = pq.ParquetWriter(path, schema, compression="zstd")
+        self._rows: list[tuple[Any, ...]] = []
+
+    def append(self, row: tuple[Any, ...]) -> None:
+        self._rows.append(row)
+        self.num_rows += 1
+        if len(self._rows) == ROWS_PER_GROUP:
+            self._flush()
+
+    def _flush(self) -> None:
+        columns = zip(*self._rows, strict=True)
+        arrays = [pa.array(column, type=field.type) for column, field in zip(columns, self.schema, strict=True)]
+        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self.schema))
+        self._rows = []
+
+    def __enter__(self) -> "RowFile":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._rows:
+            self._flush()
+        self._writer.close()
+
+
+class Fragment:
+    """What is written beside the MDS files, outcome by outcome."""
+
+    def __init__(self, folder: Path, shard: str) -> None:
+        self.shard = shard
+        self.folder = folder
+        self.num_rejected: Counter[str] = Counter()
+        self.num_shrunk = 0
+        self.content = sha256()
+        self._files = ExitStack()
+
+    def __enter__(self) -> "Fragment":
+        self.rows = self._files.enter_context(RowFile(self.folder / ROWS_NAME, ROWS_SCHEMA))
+        self.rejected = self._files.enter_context(RowFile(self.folder / REJECTED_NAME, REJECTED_SCHEMA))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._files.close()
 
     def keep(self, pair: Pair, checksum: int) -> None:
-        image_sha256 = sha256(pair.image).hexdigest()
-        self.rows.append(
-            (pair.key, self.shard, image_sha256, caption_hash(pair.caption), pair.width, pair.height, checksum)
-        )
-        for part in (pair.key.encode(), image_sha256.encode(), pair.caption.encode()):
+        hashes = pair.image_sha256, caption_hash(pair.caption)
+        self.rows.append((pair.key, self.shard, *hashes, pair.width, pair.height, checksum))
+        self.num_shrunk += pair.shrunk
+        stored = pair.image_sha256 + ("+" + sha256(pair.image).hexdigest() if pair.shrunk else "")
+        for part in (pair.key.encode(), stored.encode(), pair.caption.encode()):
             # The length keeps ("ab", "c") and ("a", "bc") apart.
             self.content.update(len(part).to_bytes(8, "little") + part)
 
     def reject(self, key: str, reason: str) -> None:
-        printable = (self.shard, key, reason)
-        # A key that is no UTF-8 is still named in rejected.parquet.
-        self.rejected.append(tuple(text.encode("utf-8", "backslashreplace").decode() for text in printable))
+        self.rejected.append((printable(self.shard), printable(key), printable(reason)))
+        self.num_rejected[reason_category(reason)] += 1
 
 
 def fragment_folder(shards: Path, number: int) -> Path:
@@ -72,13 +113,17 @@ def fragment_folder(shards: Path, number: int) -> Path:
 
 
 def read_fragment(folder: Path) -> dict[str, Any]:
-    remedy = "delete that folder and run the same command again"
-    return read_manifest(folder, FRAGMENT_KIND, FRAGMENT_VERSION, remedy=remedy)
+    return read_manifest(folder, FRAGMENT_KIND, FRAGMENT_VERSION, remedy=REMEDY)
 
 
-def ingest_shard(
-    source: Source, folder: Path, parameters: Parameters, report: Callable[[int, int], None] = lambda done, total: None
+def make_fragment(
+    number: int, source: Source, report: Report, *, shards: Path, parameters: Parameters, plan_digest: str
 ) -> None:
+    """`ingest_shard` as the pool calls it: in a worker process, for the shard of this number."""
+    ingest_shard(source, fragment_folder(shards, number), parameters, plan_digest, report)
+
+
+def ingest_shard(source: Source, folder: Path, parameters: Parameters, plan_digest: str, report: Report) -> None:
     """Write the fragment of one shard to `folder`. `report(done, total)` counts its keys.
 
     Raises UnreadableShard when the shard cannot be opened; whatever is wrong inside it goes to rejected.parquet.
@@ -86,46 +131,46 @@ def ingest_shard(
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     spool = folder.with_name(f".{folder.name}.{os.getpid()}.spool")
     try:
-        with open(plain_tar(source, spool), "rb") as file:
-            write_fragment(file, source.name, temporary, parameters, report)
+        with open_samples(source, spool, parameters, report) as samples:
+            write_fragment(samples, source.name, temporary, parameters.shard_size_mib << 20, plan_digest)
         commit_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        for leftover in (spool, plain_path(spool)):
-            leftover.unlink(missing_ok=True)
 
 
-def write_fragment(
-    file: BinaryIO, shard: str, folder: Path, parameters: Parameters, report: Callable[[int, int], None]
-) -> None:
+def write_fragment(samples: Samples, shard: str, folder: Path, size_limit: int, plan_digest: str) -> None:
     # Imported here: it takes seconds, and only the workers need it.
     from streaming import MDSWriter
 
-    index = index_tar(file)
-    rows = FragmentRows(shard)
-    size_limit = parameters.shard_size_mib << 20
-    with MDSWriter(columns=MDS_COLUMNS, out=str(folder), size_limit=size_limit) as writer:
-        for done, key in enumerate(sorted(index.members), start=1):
-            write_sample(file, key, index, rows, writer, parameters.max_pixels)
-            report(done, len(index.members))
-    if index.torn is not None:
-        rows.reject("", f"torn tar: {index.torn}; nothing after that was read")
-    write_rows(folder, rows, kept_shards(folder, writer.shards))
+    with (
+        MDSWriter(columns=MDS_COLUMNS, out=str(folder), size_limit=size_limit) as writer,
+        Fragment(folder, shard) as fragment,
+    ):
+        for outcome in samples:
+            write_outcome(outcome, fragment, writer)
+    write_manifest(
+        folder,
+        FRAGMENT_KIND,
+        FRAGMENT_VERSION,
+        shard=shard,
+        plan=plan_digest,
+        num_pairs=fragment.rows.num_rows,
+        num_rejected=dict(sorted(fragment.num_rejected.items())),
+        num_shrunk=fragment.num_shrunk,
+        content=fragment.content.hexdigest(),
+        table=samples.table_report(),
+        mds=kept_shards(folder, writer.shards),
+    )
 
 
-def write_sample(file: BinaryIO, key: str, index: TarIndex, rows: FragmentRows, writer: Any, max_pixels: int) -> None:
-    members = index.members[key]
-    try:
-        pair = read_pair(key, members, lambda member: read_member(file, member), max_pixels)
-    except Rejected as reason:
-        rows.reject(key, str(reason))
-        return
-    copies = max(len(places) for places in members.values())
-    if copies > 1:
-        rows.reject(key, f"duplicate key: {copies} equal copies, one is kept")
-    sample = {"caption": pair.caption, "image": pair.image, "key": key, "pair_id": 0}
-    writer.write(sample)
-    rows.keep(pair, sample_checksum(writer.encode_sample(sample)))
+def write_outcome(outcome: Outcome, fragment: Fragment, writer: Any) -> None:
+    if outcome.reason is not None:
+        fragment.reject(outcome.key, outcome.reason)
+    pair = outcome.pair
+    if pair is not None:
+        sample = {"caption": pair.caption, "image": pair.image, "key": pair.key, "pair_id": 0}
+        writer.write(sample)
+        fragment.keep(pair, sample_checksum(writer.encode_sample(sample)))
 
 
 def kept_shards(folder: Path, shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -134,25 +179,3 @@ def kept_shards(folder: Path, shards: list[dict[str, Any]]) -> list[dict[str, An
         if not shard["samples"]:
             (folder / shard["raw_data"]["basename"]).unlink()
     return [shard for shard in shards if shard["samples"]]
-
-
-def write_rows(folder: Path, rows: FragmentRows, shards: list[dict[str, Any]]) -> None:
-    columns = list(zip(*rows.rows, strict=True)) or [()] * len(ROWS_SCHEMA)
-    write_table(folder / ROWS_NAME, columns, ROWS_SCHEMA)
-    rejected = sorted(rows.rejected)
-    write_table(folder / REJECTED_NAME, list(zip(*rejected, strict=True)) or [()] * 3, REJECTED_SCHEMA)
-    write_manifest(
-        folder,
-        FRAGMENT_KIND,
-        FRAGMENT_VERSION,
-        shard=rows.shard,
-        num_pairs=len(rows.rows),
-        num_rejected=dict(sorted(Counter(reason.split(":")[0] for _, _, reason in rejected).items())),
-        content=rows.content.hexdigest(),
-        mds=shards,
-    )
-
-
-def write_table(path: Path, columns: list[Any], schema: pa.Schema) -> None:
-    arrays = [pa.array(column, type=field.type) for column, field in zip(columns, schema, strict=True)]
-    pq.write_table(pa.Table.from_arrays(arrays, schema=schema), path, compression="zstd")
