@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 POCKET ?= full
 
-.PHONY: install quickstart test lint bench clean
+.PHONY: install quickstart test lint bench gpu clean
 
 install: $(VENV)/.installed
 
@@ -30,6 +30,11 @@ lint: install
 
 bench: install
 	$(BIN)/python -m kernels.bench
+
+# On a machine with a GPU: every kernel against float64, sanitizer, two NCCL ranks, benchmarks, under ten minutes. Needs
+# a python with torch and Triton and nothing else: PYTHON=/path/to/python.
+gpu:
+	$(PYTHON) -m kernels.bench.gpu --out gpu.json
 
 clean:
 	rm -rf quickstart quickstart-short
