@@ -17,7 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.rows.precision import accumulation_dtype, bfloat16_units, split_in_place, splits_pay
+from kernels.rows.precision import accumulation_dtype, bfloat16_units
+from kernels.rows.scratch import Scratch
+from kernels.rows.split import WeightTile
 
 ROW_TILE = 512
 COLUMN_TILE = 1024
@@ -84,12 +86,13 @@ def forward_sweep(
     dtype = accumulation_dtype(x_BD.dtype)
     stats.tile_diagonal_B = x_BD.new_zeros(len(x_BD), dtype=dtype)
     group = hinges.group_rows
-    buffers = _Buffers(2, row_tile, column_tile, group, dtype, x_BD.device)
+    scratch = Scratch(x_BD.device)
     for i0, i1 in tiles(len(x_BD), row_tile, group):
-        x_tile = x_BD[i0:i1].to(dtype)
+        x_tile = scratch.rows_in(dtype, x_BD[i0:i1], "rows")
         for j0, j1 in tiles(len(y_GD), column_tile, group):
-            cosine, work = buffers.views(i1 - i0, j1 - j0)
-            cosine_tile(x_tile, y_GD[j0:j1].to(dtype), out=cosine, exact_in_bfloat16=x_BD.dtype == torch.bfloat16)
+            y_tile = scratch.rows_in(dtype, y_GD[j0:j1], "columns")
+            cosine, work = (scratch.matrix(name, i1 - i0, j1 - j0, dtype) for name in ("cosine", "work"))
+            cosine_tile(x_tile, y_tile, out=cosine, exact_in_bfloat16=x_BD.dtype == torch.bfloat16)
             band = _band(offset + i0, offset + i1, j0, j1)
             if band is not None:
                 diagonal = cosine[band].diagonal()
@@ -130,13 +133,14 @@ def gradient_sweep(
     dy_GD = y_GD.new_zeros(y_GD.shape, dtype=dtype) if want_y else None
     scale_sum = torch.zeros((), dtype=torch.float64, device=x_BD.device)
     group = hinges.group_rows
-    buffers = _Buffers(3, row_tile, column_tile, group, dtype, x_BD.device)
-    split = splits_pay(x_BD.dtype, x_BD.device)
+    scratch = Scratch(x_BD.device)
     for i0, i1 in tiles(len(x_BD), row_tile, group):
-        x_tile = x_BD[i0:i1].to(dtype)
+        x_tile = scratch.rows_in(dtype, x_BD[i0:i1], "rows")
         for j0, j1 in tiles(len(y_GD), column_tile, group):
-            cosine, gradient, work = buffers.views(i1 - i0, j1 - j0)
-            y_tile = y_GD[j0:j1].to(dtype)
+            y_tile = scratch.rows_in(dtype, y_GD[j0:j1], "columns")
+            cosine, gradient, work = (
+                scratch.matrix(name, i1 - i0, j1 - j0, dtype) for name in ("cosine", "gradient", "work")
+            )
             cosine_tile(x_tile, y_tile, out=cosine, exact_in_bfloat16=x_BD.dtype == torch.bfloat16)
             band = _band(offset + i0, offset + i1, j0, j1)
             _softmax_sum(cosine, row_lse_B[i0:i1], column_lse_G[j0:j1], scale, gradient, work)
@@ -154,14 +158,11 @@ def gradient_sweep(
             if hinges.column_A is not None:
                 active = torch.gt(cosine, hinges.of_columns(j0, j1), out=work)
                 gradient.add_(active, alpha=hinge_weight)
-            if split:
-                split_in_place(gradient, high=work)
-            with bfloat16_units(split):
-                for term in (gradient, work) if split else (gradient,):
-                    if dx_BD is not None:
-                        dx_BD[i0:i1].addmm_(term, y_tile)
-                    if dy_GD is not None:
-                        dy_GD[j0:j1].addmm_(term.T, x_tile)
+            weights = WeightTile(gradient, work, x_BD.dtype)
+            if dx_BD is not None:
+                weights.add_product(dx_BD[i0:i1], y_tile)
+            if dy_GD is not None:
+                weights.add_transposed_product(dy_GD[j0:j1], x_tile)
     return dx_BD, dy_GD, scale_sum
 
 
@@ -241,17 +242,6 @@ def rescale(old_max_B: Tensor, new_max_B: Tensor, scale: float, dtype: torch.dty
     return torch.exp(
         reference_logit(old_max_B, scale, dtype) - reference_logit(_finite_or_zero(new_max_B), scale, dtype)
     )
-
-
-class _Buffers:
-    """Tile-sized scratch memory, handed out as contiguous matrices."""
-
-    def __init__(self, num: int, row_tile: int, column_tile: int, group_rows: int, dtype: torch.dtype, device):
-        size = max(row_tile, group_rows) * max(column_tile, group_rows)
-        self.flat = [torch.empty(size, dtype=dtype, device=device) for _ in range(num)]
-
-    def views(self, rows: int, columns: int) -> list[Tensor]:
-        return [flat[: rows * columns].view(rows, columns) for flat in self.flat]
 
 
 def _empty_statistics(num_rows: int, num_columns: int, hinges: Hinges, device: torch.device) -> Statistics:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -24,20 +23,6 @@ def bfloat16_units(wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def splits_pay(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a float32 product with rows of `dtype` is faster as two on bfloat16 units: on CPUs with matrix tiles."""
-    return dtype == torch.bfloat16 and device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
-
-
-def split_in_place(low: Tensor, *, high: Tensor) -> None:
-    """Turn float32 `low` into two terms: `high` takes its leading bits, exact in bfloat16, and `low` keeps the rest.
-
-    bfloat16 units round the rest to 8 of its bits, which leaves an error of 2^-16 of the number.
-    """
-    torch.bitwise_and(low.view(torch.int32), -65536, out=high.view(torch.int32))
-    low.sub_(high)
 
 
 def without_autocast(function):
