@@ -4,8 +4,10 @@ import io
 import json
 import random
 import tarfile
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -60,6 +62,24 @@ def ingest(shards: str | Path | Sequence[str | Path], out: Path, *flags: str) ->
     patterns = [shards] if isinstance(shards, str | Path) else shards
     main(["--shards", *map(str, patterns), "--out", str(out), "--workers", "1", *flags])
     return PairStore.open(out)
+
+
+def ingest_part(shards: str | Path | Sequence[str | Path], out: Path, part: str, *flags: str) -> None:
+    """The same with `--part`: `out` is no store afterwards."""
+    patterns = [shards] if isinstance(shards, str | Path) else shards
+    main(["--shards", *map(str, patterns), "--out", str(out), "--workers", "1", "--part", part, *flags])
+
+
+def merge(out: Path, *flags: str) -> PairStore:
+    main(["--out", str(out), "--workers", "2", "--merge", *flags])
+    return PairStore.open(out)
+
+
+def wait_until(condition: Callable[[], Any], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
 
 
 def rejected(out: Path) -> list[tuple[str, str, str]]:
