@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.contrastive.blockwise import accumulation_dtype, cosine_tile, tiles
+from kernels.contrastive.blockwise import cosine_tile, tiles
+from kernels.rows.precision import accumulation_dtype
+from kernels.rows.scratch import Scratch
+from kernels.rows.split import WeightTile
 
 ROW_TILE = 512
-COLUMN_TILE = 2048
+COLUMN_TILE = 1024
 # Above, softplus is its argument to float64's last digit; torch's own threshold of 20 is not.
 SOFTPLUS_THRESHOLD = 40
 
@@ -51,20 +54,22 @@ def gradient_sweep(
     dx_BD = x_BD.new_zeros(x_BD.shape, dtype=dtype) if want_x else None
     dy_GD = y_GD.new_zeros(y_GD.shape, dtype=dtype) if want_y else None
     logit_sum, weight_sum = (torch.zeros((), dtype=torch.float64, device=x_BD.device) for _ in range(2))
+    scratch = Scratch(x_BD.device)
     for logits, diagonal, (rows, x_tile), (columns, y_tile) in _logit_tiles(
         x_BD, y_GD, scale, bias, offset, row_tile, column_tile
     ):
-        weight = torch.sigmoid(logits)
+        weight = torch.sigmoid(logits, out=scratch.matrix("weight", *logits.shape, dtype))
         if diagonal is not None:
             low = max(offset + rows.start, columns.start)
             weight[low - offset - rows.start :, low - columns.start :].diagonal()[: len(diagonal)].zero_()
         if want_scalars:
             weight_sum += weight.sum(1).double().sum()
             logit_sum += logits.mul_(weight).sum(1).double().sum()
+        weights = WeightTile(weight, logits, x_BD.dtype)
         if dx_BD is not None:
-            dx_BD[rows].addmm_(weight, y_tile)
+            weights.add_product(dx_BD[rows], y_tile)
         if dy_GD is not None:
-            dy_GD[columns].addmm_(weight.T, x_tile)
+            weights.add_transposed_product(dy_GD[columns], x_tile)
     return dx_BD, dy_GD, (logit_sum - bias * weight_sum) / scale, weight_sum
 
 
@@ -74,12 +79,12 @@ def _logit_tiles(
     """Each tile of logits in one reused buffer, the view of its partners or None, and the rows and columns it is made
     of."""
     dtype = accumulation_dtype(x_BD.dtype)
-    flat = torch.empty(row_tile * column_tile, dtype=dtype, device=x_BD.device)
+    scratch = Scratch(x_BD.device)
     for i0, i1 in tiles(len(x_BD), row_tile, 1):
-        x_tile = x_BD[i0:i1].to(dtype)
+        x_tile = scratch.rows_in(dtype, x_BD[i0:i1], "rows")
         for j0, j1 in tiles(len(y_GD), column_tile, 1):
-            y_tile = y_GD[j0:j1].to(dtype)
-            logits = flat[: (i1 - i0) * (j1 - j0)].view(i1 - i0, j1 - j0)
+            y_tile = scratch.rows_in(dtype, y_GD[j0:j1], "columns")
+            logits = scratch.matrix("logits", i1 - i0, j1 - j0, dtype)
             cosine_tile(x_tile, y_tile, out=logits, exact_in_bfloat16=x_BD.dtype == torch.bfloat16)
             logits.mul_(scale).add_(bias)
             low, high = max(offset + i0, j0), min(offset + i1, j1)
