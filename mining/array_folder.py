@@ -13,7 +13,7 @@ import os
 import shutil
 import uuid
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from mining.manifest import (
 logger = logging.getLogger(__name__)
 
 HASH_CHUNK_BYTES = 1 << 24
-MANIFEST_FIELDS_OF_THE_FOLDER = ("kind", "format_version", "num_pairs", "arrays", "fingerprint")
+MANIFEST_FIELDS_OF_THE_FOLDER = ("kind", "format_version", "num_pairs", "arrays", "fingerprint", "facts")
 
 
 @dataclass(frozen=True)
@@ -144,25 +144,37 @@ class ArrayFolderWriter:
         rows_done = np.full(self.num_pairs, (self.partial / MANIFEST_NAME).exists())
         if rows_done.all():
             return rows_done
-        arrays = {name: np.load(self.partial / f"{name}.npy", mmap_mode="r") for name in self.specs}
         for marker in sorted((self.partial / "blocks").glob("*-*.json")):
             start, stop = (int(number) for number in marker.stem.split("-"))
-            if verify and not block_is_intact(marker, arrays, start, stop):
+            if verify and not self._is_intact(marker, start, stop):
                 logger.warning("%s: rows %d..%d are damaged, they are written again", self.path, start, stop)
                 marker.unlink(missing_ok=True)
                 continue
             rows_done[start:stop] = True
         return rows_done
 
+    def _is_intact(self, marker: Path, start: int, stop: int) -> bool:
+        checksums = read_json(marker).get("crc32", {})
+        return all(
+            crc32_of_rows(self.partial / f"{name}.npy", start, stop) == checksums.get(name) for name in self.specs
+        )
+
     def read_rows(self, name: str) -> np.ndarray:
         """Memory-mapped view [N, ...] of an array as written so far."""
         return np.load(self.partial / f"{name}.npy", mmap_mode="r")
 
-    def finish(self, *, files: Mapping[str, Any] | None = None) -> None:
+    def finish(
+        self,
+        *,
+        files: Mapping[str, Any] | None = None,
+        facts: Mapping[str, Any] | None = None,
+        scratch: Sequence[str] = (),
+    ) -> None:
         """Check that every row was written, hash the arrays, write manifest and `files` (name: JSON content), rename.
 
-        Exactly one process calls it, after all others have written their rows. Raises ValueError naming the first rows
-        that nobody wrote.
+        `facts`: what the manifest says about the content beside its fingerprint. `scratch`: folders in it to leave behind.
+        Exactly one process calls it, after all
+        others have written their rows. Raises ValueError naming the first rows that nobody wrote.
         """
         rows_done = self.refresh()
         if not rows_done.all():
@@ -183,14 +195,16 @@ class ArrayFolderWriter:
             **self.fields,
             arrays=arrays,
             fingerprint=content_fingerprint,
+            facts=dict(facts or {}),
         )
-        shutil.rmtree(self.partial / "blocks")
+        for folder in ("blocks", *scratch):
+            shutil.rmtree(self.partial / folder, ignore_errors=True)
         for leftover in self.partial.glob(".*.tmp"):
-            leftover.unlink()
+            leftover.unlink(missing_ok=True)
         commit_folder(self.partial, self.path)
         # Blocks of an abandoned run with other parameters would stay for ever.
         for stale in self.path.parent.glob(f".{self.path.name}.partial-*"):
-            shutil.rmtree(stale)
+            shutil.rmtree(stale, ignore_errors=True)
 
 
 def open_arrays(
@@ -274,8 +288,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def write_block(path: Path, start: int, block: np.ndarray) -> None:
-    offset = np.load(path, mmap_mode="r").offset
-    row_bytes = block.nbytes // len(block)
+    offset, row_bytes = row_layout(path)
     with open(path, "r+b") as file:
         file.seek(offset + start * row_bytes)
         file.write(block.tobytes())
@@ -283,11 +296,21 @@ def write_block(path: Path, start: int, block: np.ndarray) -> None:
         os.fsync(file.fileno())
 
 
-def block_is_intact(marker: Path, arrays: Mapping[str, np.ndarray], start: int, stop: int) -> bool:
-    checksums = read_json(marker).get("crc32", {})
-    return all(
-        zlib.crc32(np.ascontiguousarray(array[start:stop])) == checksums.get(name) for name, array in arrays.items()
-    )
+def crc32_of_rows(path: Path, start: int, stop: int) -> int:
+    """Read through the file, not a memory map, whose pages would stay with the process."""
+    offset, row_bytes = row_layout(path)
+    checksum, left = 0, (stop - start) * row_bytes
+    with open(path, "rb") as file:
+        file.seek(offset + start * row_bytes)
+        while left and (chunk := file.read(min(left, HASH_CHUNK_BYTES))):
+            checksum, left = zlib.crc32(chunk, checksum), left - len(chunk)
+    return checksum
+
+
+def row_layout(path: Path) -> tuple[int, int]:
+    """Where the first row of a .npy file begins, and the bytes of a row."""
+    array = np.load(path, mmap_mode="r")
+    return array.offset, array.nbytes // len(array)
 
 
 def read_json(path: Path) -> dict[str, Any]:

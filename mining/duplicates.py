@@ -1,7 +1,6 @@
 """Which pairs may not be each other's hard pair, and why: equal content by group, near-equal content by ceiling.
 
-Excluded pairs are counted by cause and an example of each cause is kept, so that nothing disappears unseen. A pair
-excluded for several causes counts under the first of CAUSES that applies.
+Excluded pairs are counted by cause and an example of each cause is kept, so that nothing disappears unseen.
 
 Shape letters: Q queries, B base rows of a tile, N pairs, C causes, S selected (query, base) entries of a tile.
 """
@@ -11,10 +10,9 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from mining.problem import SearchProblem
+from mining.problem import CAUSES, SearchProblem, TopK
 from mining.similarity import approximation_error, exact_entries
 
-CAUSES = ("same_image", "same_caption", "near_image", "near_text")
 # Row numbers of queries and of base rows, int64 each.
 Entries = tuple[np.ndarray, np.ndarray]
 
@@ -25,6 +23,19 @@ class ExclusionCount:
     def __init__(self, num_queries: int):
         self.num_excluded_QC = np.zeros((num_queries, len(CAUSES)), np.int64)
         self.example_QC = np.full((num_queries, len(CAUSES)), -1, np.int64)
+
+    @classmethod
+    def of(cls, known: TopK) -> "ExclusionCount":
+        """Goes on from an earlier answer."""
+        count = cls(len(known.ids_QK))
+        count.num_excluded_QC += known.num_excluded_QC
+        count.example_QC[:] = known.excluded_example_QC
+        return count
+
+    def forget(self, cause: str, rows: np.ndarray) -> None:
+        """Take back what was counted under `cause` for the queries `rows`."""
+        column = CAUSES.index(cause)
+        self.num_excluded_QC[rows, column], self.example_QC[rows, column] = 0, -1
 
     def add(self, cause: str, rows_S: np.ndarray, ids_S: np.ndarray) -> None:
         """Count the entries (query number, base id) of one tile under `cause`, each given once."""

@@ -1,185 +1,197 @@
-"""Search through faiss: candidates from a flat index over [image; text], exact scores, and a proof for every row.
+"""Candidate lists through faiss, the only module that imports it: flat or inverted, over [image; text], of weighted sums.
 
-The only module that imports faiss. One index serves both modalities: with the query scaled to [w * I_i; T_i / w] the
-inner product with row j is w * a + b / w for the two cosines a and b. A row's list of the m best by that sum bounds
-every pair that is not on it: its sum is at most the list's last, sigma, and since (w * a) * (b / w) = ab is at most
-the square of half the sum where both are positive, its score is at most max(sigma, 0)^2 / 4. When the k-th best score
-on the list beats this bound (with the rounding of float32 added) the list holds the exact top k. Other rows are asked
-again with a weight of their own and longer lists, and in the end go through the exact search.
+One index serves both towers: with a query scaled to [w * image; text / w] the inner product with pair j is w * a + b / w for
+the two cosines a and b. What a list leaves out is bounded in `mining.candidates`.
 
-Shape letters: Q queries, N pairs, D embedding width, M list length, K neighbours, S selected (query, id) entries.
+Shape letters: Q queries, N pairs, D embedding width of a tower, E = both towers' widths, M list length, L inverted lists.
 """
 
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
-import torch  # noqa: F401
+import torch
 
 # isort: split
 # After torch: the other way round the CUDA libraries of both collide (crashes, or wrong results on a GPU).
 import faiss
 
-from mining.duplicates import Entries, ExclusionCount, GroupLookup, exclude
-from mining.problem import SearchProblem, TopK
-from mining.reference import ReferenceSearch, spread
-from mining.similarity import (
-    FLOAT32_ROUNDING,
-    LENGTH_PRODUCT_BOUND,
-    approximation_error,
-    exact_runs,
-)
-from mining.top_k import RunningTopK
+from mining.array_folder import create_once, save_array
+from mining.problem import SearchProblem
+from mining.rows import BaseBlock, BaseStream, read_rows
 
-ADD_ROWS = 65536
-SHORTEST_LIST = 64
-# Longer lists cost more than the exact search of the row, and a GPU index stops at 2048.
-LONGEST_LIST = 2048
-LARGEST_WEIGHT = 8.0
+logger = logging.getLogger(__name__)
 
-
-class FaissSearch:
-    """Exact search of a SearchProblem through an IndexFlatIP; holds all embeddings in float32."""
-
-    name = "faiss"
-
-    def __init__(self, problem: SearchProblem, *, longest_list: int = LONGEST_LIST):
-        self.problem = problem
-        self.longest_list = longest_list
-        self.exact = ReferenceSearch(problem)
-        self.joint = flat_index([problem.image_ND, problem.text_ND])
-        limits = problem.limits
-        self.near = {
-            cause: (flat_index([rows_ND]), rows_ND, ceiling)
-            for cause, rows_ND, ceiling in (
-                ("near_image", problem.image_ND, limits.image_ceiling),
-                ("near_text", problem.text_ND, limits.text_ceiling),
-            )
-            if ceiling < 1.0
-        }
-        groups = {"same_image": problem.image_group_N, "same_caption": problem.caption_group_N}
-        self.groups = {
-            cause: (group_N, GroupLookup(group_N)) for cause, group_N in groups.items() if group_N is not None
-        }
-        # How many rows needed the exact search, for the curious and for tests.
-        self.num_rerun = 0
-
-    def search(self, query_ids_Q: np.ndarray) -> TopK:
-        """Hard pairs of the pairs `query_ids_Q` (int64 [Q]); every row is certified or was searched exactly."""
-        live_Q = self.problem.valid_N[query_ids_Q]
-        ids_Q = query_ids_Q[live_Q]
-        state = RunningTopK(len(ids_Q), self.problem.limits.k, self.problem.limits.floor)
-        excluded = ExclusionCount(len(ids_Q))
-        barred = self.duplicates(ids_Q, excluded)
-        # Duplicates take the first places of a list: a caption shared by hundreds would fill it.
-        length_Q = list_length(2 * state.k + 1 + excluded.num_excluded_QC.sum(axis=1))
-        weight_Q = np.ones(len(ids_Q))
-        open_Q = np.ones(len(ids_Q), bool)
-        first = True
-        while open_Q.any():
-            # A list as long as the data set has seen everything.
-            exact_Q = open_Q & (length_Q > self.longest_list) & (length_Q < len(self.problem))
-            self.rerun(ids_Q, exact_Q, state)
-            open_Q &= ~exact_Q
-            for length in np.unique(length_Q[open_Q]):
-                rows = np.flatnonzero(open_Q & (length_Q == length))
-                open_Q[rows] = ~self.search_lists(ids_Q, rows, weight_Q[rows], int(length), barred, state)
-            weight_Q[open_Q] = own_weight(state, open_Q)
-            if not first:
-                length_Q[open_Q] *= 2
-            first = False
-        return spread(state, excluded, live_Q)
-
-    def duplicates(self, ids_Q: np.ndarray, excluded: ExclusionCount) -> np.ndarray:
-        """Sorted keys (row * N + id) of the entries that may not be hard pairs; adds them to `excluded`."""
-        found = {cause: lookup.entries(group_N[ids_Q]) for cause, (group_N, lookup) in self.groups.items()}
-        found |= {cause: near_entries(*near, ids_Q) for cause, near in self.near.items()}
-        num_pairs = len(self.problem)
-        entries = exclude(self.problem, ids_Q, 0, found, num_pairs, excluded)
-        return np.sort(np.concatenate([rows_S * num_pairs + columns_S for rows_S, columns_S in entries]))
-
-    def search_lists(
-        self,
-        ids_Q: np.ndarray,
-        rows: np.ndarray,
-        weight_R: np.ndarray,
-        length: int,
-        barred: np.ndarray,
-        state: RunningTopK,
-    ) -> np.ndarray:
-        """Fill the top k of the queries `rows` from lists of `length`; returns which of them are certified."""
-        num_pairs = len(self.problem)
-        length = min(length, num_pairs)
-        image_RD = np.asarray(self.problem.image_ND[ids_Q[rows]], np.float32) * weight_R[:, None]
-        text_RD = np.asarray(self.problem.text_ND[ids_Q[rows]], np.float32) / weight_R[:, None]
-        sums_RM, list_RM = self.joint.search(np.hstack([image_RD, text_RD]).astype(np.float32), length)
-        rows_S, ids_S = np.repeat(rows, length), list_RM.ravel()
-        allowed_S = ~np.isin(rows_S * num_pairs + ids_S, barred)
-        rows_S, ids_S = rows_S[allowed_S], ids_S[allowed_S]
-        image_S = exact_runs(self.problem.image_ND, self.problem.image_ND, ids_Q[rows_S], ids_S)
-        text_S = exact_runs(self.problem.text_ND, self.problem.text_ND, ids_Q[rows_S], ids_S)
-        state.clear(rows)
-        state.merge(rows_S, ids_S, image_S, text_S)
-        width = self.joint.d
-        bound_R = unseen_bound(sums_RM[:, -1], weight_R, width) if length < num_pairs else np.zeros(len(rows))
-        return certified(state.score_QK[rows, -1], bound_R, state.floor)
-
-    def rerun(self, ids_Q: np.ndarray, exact_Q: np.ndarray, state: RunningTopK) -> None:
-        if not exact_Q.any():
-            return
-        rows = np.flatnonzero(exact_Q)
-        top = self.exact.search(ids_Q[rows])
-        state.clear(rows)
-        listed_RK = top.ids_QK >= 0
-        state.merge(
-            np.repeat(rows, listed_RK.sum(axis=1)),
-            top.ids_QK[listed_RK],
-            top.image_similarity_QK[listed_RK],
-            top.text_similarity_QK[listed_RK],
-        )
-        self.num_rerun += len(rows)
+# Of the base at a time, in float32.
+BLOCK_ROWS = 32768
+# A GPU index lists no more.
+LONGEST_GPU_LIST = 2048
+LARGEST_AUTOMATIC_NLIST = 4096
+TRAINING_ROWS_PER_LIST = 64
+FEWEST_ROWS_PER_LIST = 39
+# Rows may be 5e-3 longer than one, and float16 rounding adds 2^-12.
+LONGEST_ROW = 1.006
 
 
-def flat_index(parts: list[np.ndarray]) -> faiss.IndexFlatIP:
-    """Inner-product index over the float16 rows of `parts`, side by side, in float32."""
-    index = faiss.IndexFlatIP(sum(rows_ND.shape[1] for rows_ND in parts))
-    for start in range(0, len(parts[0]), ADD_ROWS):
-        block = [np.asarray(rows_ND[start : start + ADD_ROWS], np.float32) for rows_ND in parts]
-        index.add(np.hstack(block))
-    return index
+@dataclass(frozen=True)
+class Lists:
+    """sums_QM float32 weighted sums in descending order, -inf where a list is short; ids_QM int64, -1 there; rest_Q
+    float64, no score of a pair in the parts of the base that were not looked at is above it."""
+
+    sums_QM: np.ndarray
+    ids_QM: np.ndarray
+    rest_Q: np.ndarray
 
 
-def unseen_bound(sigma_R: np.ndarray, weight_R: np.ndarray, width: int) -> np.ndarray:
-    """float64 bound on the score of every pair that is not on a list whose last float32 sum is sigma_R.
+class FlatLists:
+    """The best sums among all pairs by brute force, a block of the base at a time."""
 
-    The rounding of the sum of `width` products and of the scaled query is added to sigma.
+    looks_everywhere = True
+
+    def __init__(self, problem: SearchProblem, device: torch.device):
+        self.stream = BaseStream(problem, torch.device("cpu"), block_rows=BLOCK_ROWS)
+        self.device = device
+        self.resources = faiss.StandardGpuResources() if device.type == "cuda" else None
+
+    def search(self, image_QD: np.ndarray, text_QD: np.ndarray, weight_Q: np.ndarray, length: int) -> Lists:
+        """Lists of `length` for queries of both towers (float32) weighted by weight_Q (float64 > 0)."""
+        query_QE = weighted(image_QD, text_QD, weight_Q)
+        heap = faiss.ResultHeap(len(query_QE), length, keep_max=True)
+        for block in self.stream.blocks():
+            sums_QM, ids_QM = self._block(query_QE, joint_rows(block), length)
+            heap.add_result(sums_QM, ids_QM + block.start)
+        heap.finalize()
+        return Lists(heap.D, heap.I, np.zeros(len(query_QE)))
+
+    def _block(self, query_QE: np.ndarray, base_BE: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        length, metric = min(length, len(base_BE)), faiss.METRIC_INNER_PRODUCT
+        if self.resources is None:
+            return faiss.knn(query_QE, base_BE, length, metric=metric)
+        return faiss.knn_gpu(self.resources, query_QE, base_BE, length, metric=metric, device=self.device.index)
+
+
+class IvfLists:
+    """The best sums among the `nprobe` of `nlist` clusters of pairs that suit a query best; all pairs in float16.
+
+    `centroids_file`: read when it exists, else trained from `seed` and written, so that every rank and rerun has the
+    same clusters.
     """
-    rounding = 1.01 * (width + 3) * FLOAT32_ROUNDING * LENGTH_PRODUCT_BOUND * (weight_R + 1.0 / weight_R)
-    return np.maximum(sigma_R.astype(np.float64) + rounding, 0.0) ** 2 / 4.0 * (1.0 + 1e-12)
+
+    looks_everywhere = False
+
+    def __init__(
+        self, problem: SearchProblem, device: torch.device, *, nlist: int, nprobe: int, seed: int, centroids_file: Path
+    ):
+        self.nprobe = min(nprobe, nlist)
+        self.image_dim = problem.image_ND.shape[1]
+        if not centroids_file.exists():
+            centroids_LE = trained_centroids(problem, nlist, seed)
+            centroids_file.parent.mkdir(parents=True, exist_ok=True)
+            create_once(centroids_file, lambda path: save_array(path, centroids_LE))
+        self.centroids_LE = np.load(centroids_file)
+        if len(self.centroids_LE) != nlist:
+            raise ValueError(
+                f"{centroids_file} holds {len(self.centroids_LE)} clusters, nlist={nlist}; remove its folder"
+            )
+        self.index, self.radius_ML = filled_index(problem, self.centroids_LE)
+        self.gpu_index = None
+        if device.type == "cuda":
+            self.resources = faiss.StandardGpuResources()
+            self.gpu_index = faiss.index_cpu_to_gpu(self.resources, device.index, self.index)
+            self.gpu_index.nprobe = self.nprobe
+
+    def search(self, image_QD: np.ndarray, text_QD: np.ndarray, weight_Q: np.ndarray, length: int) -> Lists:
+        """Lists of `length` for queries of both towers (float32) weighted by weight_Q (float64 > 0)."""
+        query_QE = weighted(image_QD, text_QD, weight_Q)
+        if self.gpu_index is not None:
+            # The GPU chooses the clusters itself and does not say which: nothing is known about the rest.
+            return Lists(*self.gpu_index.search(query_QE, length), np.full(len(query_QE), np.inf))
+        # In float64, so that no order of summation shows in the choice.
+        centroids = self.centroids_LE.astype(np.float64)
+        image_QL = image_QD.astype(np.float64) @ centroids[:, : self.image_dim].T
+        text_QL = text_QD.astype(np.float64) @ centroids[:, self.image_dim :].T
+        sums_QL = weight_Q[:, None] * image_QL + text_QL / weight_Q[:, None]
+        probed_QP = np.argsort(-sums_QL, axis=1, kind="stable")[:, : self.nprobe]
+        coarse_QP = np.take_along_axis(sums_QL, probed_QP, 1).astype(np.float32)
+        self.index.nprobe = self.nprobe
+        found = self.index.search_preassigned(query_QE, length, probed_QP, coarse_QP)
+        return Lists(*found, self._rest(image_QL, text_QL, probed_QP))
+
+    def _rest(self, image_QL: np.ndarray, text_QL: np.ndarray, probed_QP: np.ndarray) -> np.ndarray:
+        """Of a cluster, no cosine is above its centre's plus the query's length times the cluster's radius."""
+        image_QL, text_QL = (
+            np.maximum(cosine_QL + LONGEST_ROW * radius_L, 0.0)
+            for cosine_QL, radius_L in zip((image_QL, text_QL), self.radius_ML, strict=True)
+        )
+        bound_QL = image_QL * text_QL
+        np.put_along_axis(bound_QL, probed_QP, 0.0, 1)
+        return bound_QL.max(axis=1)
 
 
-def certified(kth_score_R: np.ndarray, bound_R: np.ndarray, floor: float) -> np.ndarray:
-    """bool: no unseen pair can enter. Strict, since an unseen pair of equal score and lower id would."""
-    # An incomplete list has kth -inf: then nothing unseen may score above the floor at all.
-    return (kth_score_R > bound_R) | (bound_R <= floor)
+def automatic_nlist(num_pairs: int) -> int:
+    """About 4 sqrt(N) clusters, a power of two, each with pairs enough to be trained on."""
+    most = max(1, min(LARGEST_AUTOMATIC_NLIST, num_pairs // FEWEST_ROWS_PER_LIST))
+    return 2 ** int(np.log2(max(1.0, min(4.0 * num_pairs**0.5, most))))
 
 
-def own_weight(state: RunningTopK, rows_Q: np.ndarray) -> np.ndarray:
-    """float64 weight that balances both cosines over the best found so far: there the bound is tightest."""
-    image = state.image_similarity_QK[rows_Q].sum(axis=1)
-    text = state.text_similarity_QK[rows_Q].sum(axis=1)
-    some = (image > 0) & (text > 0)
-    ratio = np.divide(text, image, out=np.ones_like(text), where=some)
-    return np.clip(np.sqrt(ratio), 1.0 / LARGEST_WEIGHT, LARGEST_WEIGHT)
+def trained_centroids(problem: SearchProblem, nlist: int, seed: int) -> np.ndarray:
+    """float32 [L, E]: spherical k-means over a random sample of the pairs with an embedding."""
+    rng = np.random.default_rng(seed)
+    valid_ids = np.flatnonzero(problem.valid_N)
+    if len(valid_ids) < nlist:
+        raise ValueError(f"nlist={nlist} clusters need at least as many pairs with an embedding, not {len(valid_ids)}")
+    num_rows = min(len(valid_ids), TRAINING_ROWS_PER_LIST * nlist)
+    ids = np.sort(rng.choice(valid_ids, num_rows, replace=False))
+    rows = [read_rows(rows_ND, ids).astype(np.float32) for rows_ND in (problem.image_ND, problem.text_ND)]
+    sample_SE = np.hstack(rows)
+    settings = {"niter": 10, "seed": seed, "spherical": True, "max_points_per_centroid": TRAINING_ROWS_PER_LIST}
+    means = faiss.Kmeans(sample_SE.shape[1], nlist, min_points_per_centroid=1, **settings)
+    means.train(sample_SE)
+    return means.centroids
 
 
-def list_length(needed_Q: np.ndarray) -> np.ndarray:
-    """Powers of two, so that queries of similar need share one search."""
-    return 2 ** np.ceil(np.log2(np.maximum(needed_Q, SHORTEST_LIST))).astype(np.int64)
+def filled_index(problem: SearchProblem, centroids_LE: np.ndarray) -> tuple[faiss.Index, list[np.ndarray]]:
+    """The index with all pairs, and each tower's radius of every cluster (float64 [L]; -inf where it is empty)."""
+    nlist, width = centroids_LE.shape
+    quantizer = faiss.IndexFlatIP(width)
+    quantizer.add(centroids_LE)
+    # float16 codes: the rows as they are stored, without loss.
+    kind, metric = faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
+    index = faiss.IndexIVFScalarQuantizer(quantizer, width, nlist, kind, metric, False)
+    index.train(centroids_LE)
+    radius_ML = [np.full(nlist, -np.inf), np.full(nlist, -np.inf)]
+    image_dim = problem.image_ND.shape[1]
+    for block in BaseStream(problem, torch.device("cpu"), block_rows=BLOCK_ROWS).blocks():
+        rows_BE = joint_rows(block)
+        list_B = quantizer.search(rows_BE, 1)[1][:, 0]
+        # The lists that the radii are of, not chosen a second time.
+        index.add_core(len(rows_BE), faiss.swig_ptr(rows_BE), None, faiss.swig_ptr(list_B))
+        apart_BE = rows_BE - centroids_LE[list_B]
+        for radius_L, tower in zip(radius_ML, (slice(None, image_dim), slice(image_dim, None)), strict=True):
+            distance_B = np.sqrt(np.einsum("be,be->b", apart_BE[:, tower], apart_BE[:, tower], dtype=np.float64))
+            np.maximum.at(radius_L, list_B, distance_B * (1 + 1e-5) + 1e-6)
+    return index, radius_ML
 
 
-def near_entries(index: faiss.IndexFlatIP, rows_ND: np.ndarray, ceiling: float, ids_Q: np.ndarray) -> Entries:
-    """Entries (query number, id) whose exact cosine is above `ceiling`."""
-    error = approximation_error(rows_ND.shape[1]) + 1e-7
-    query_QD = np.asarray(rows_ND[ids_Q], np.float32)
-    first_Q, _, ids_S = index.range_search(query_QD, ceiling - error)
-    rows_S = np.repeat(np.arange(len(ids_Q)), np.diff(first_Q.astype(np.int64)))
-    above_S = exact_runs(rows_ND, rows_ND, ids_Q[rows_S], ids_S) > ceiling
-    return rows_S[above_S], ids_S[above_S]
+def weighted(image_QD: np.ndarray, text_QD: np.ndarray, weight_Q: np.ndarray) -> np.ndarray:
+    """float32 [Q, E]."""
+    return np.hstack([image_QD * weight_Q[:, None], text_QD / weight_Q[:, None]]).astype(np.float32)
+
+
+def joint_rows(block: BaseBlock) -> np.ndarray:
+    """float32 [B, E]."""
+    return torch.cat([block.image_BD, block.text_BD], dim=1).float().numpy()
+
+
+def faiss_device(name: str, local_rank: int) -> torch.device:
+    """The device for "auto", "cpu" or "cuda"; ValueError where a GPU is asked for that faiss does not have."""
+    found = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
+    if name == "cpu" or (name == "auto" and not found):
+        return torch.device("cpu")
+    if not found:
+        raise ValueError(
+            f"device={name!r} was asked for, but faiss {faiss.__version__} sees no GPU here; use --device cpu, or install "
+            "faiss-gpu on a machine with a CUDA driver"
+        )
+    return torch.device("cuda", local_rank % found)

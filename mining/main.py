@@ -1,4 +1,5 @@
-"""The mining programs: `search` makes a PairTable, `inspect` prints its numbers, `gallery` shows it as a page."""
+"""The mining programs: `search` makes a PairTable, `verify` recomputes rows of it, `inspect` prints its numbers, `gallery`
+shows it as a page."""
 
 import inspect
 import os
@@ -14,7 +15,7 @@ from mining.command_line import nearest, parse, run
 
 PROGRAM = "python -m mining.main"
 DESCRIPTION = """Find the hard pairs of a data set: for every image-text pair the pairs that are close to it in image AND in
-text. Order of use: search, then inspect and gallery to look at the result. `python -m mining.main COMMAND --help` lists
+text. Order of use: search, then verify, inspect and gallery to look at the result. `python -m mining.main COMMAND --help` lists
 the flags of a command."""
 
 
@@ -23,7 +24,9 @@ class Search:
     """Search the k hard pairs of every pair of an EmbeddingStore and write them as a PairTable.
 
     score(i, j) = max(image cosine, 0) * max(text cosine, 0). Pairs with the same image or the same caption, and near
-    duplicates above a ceiling, are left out and counted. Interrupted? Run the same command again, it goes on.
+    duplicates above a ceiling, are left out and counted. Interrupted? Run the same command again, it goes on. Several
+    processes share the work: `deepspeed --module mining.main search ...`, torchrun, or a job array that sets RANK and
+    WORLD_SIZE; the result has the same bytes.
 
     Example: python -m mining.main search --embeddings embeddings/a --out pairs/a --k 50
     """
@@ -34,8 +37,28 @@ class Search:
     """PairTable folder to write."""
     k: int = 50
     """Hard pairs to keep for each pair; fewer where fewer score above the floor."""
-    backend: Literal["reference", "faiss"] = "reference"
-    """reference: tiles of plain products, reads the embeddings from disk. faiss: flat index in memory; the same answer."""
+    backend: Literal["fused", "reference", "faiss"] = "fused"
+    """fused: exact, streams the embeddings from disk. reference: the definition in plain products, the same answer, slower.
+    faiss: candidates from an index, see --index."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one (each local rank its own)."""
+    index: Literal["flat", "ivf"] = "flat"
+    """faiss only. flat: brute force in blocks. ivf: inverted lists, holds all embeddings in memory (2 bytes a number), finds
+    most hard pairs; how many is measured on rows searched exactly and printed."""
+    nlist: int = 0
+    """ivf: clusters; 0 = about 4 sqrt(N), at most 4096."""
+    nprobe: int = 64
+    """ivf: clusters looked at for each pair: more find more and take longer."""
+    exact: bool | None = None
+    """faiss: search pairs whose list is not certified exactly. Left out: yes for flat, no for ivf (they are reported)."""
+    recall_sample: int = 256
+    """Pairs searched exactly to measure an inexact search."""
+    seed: int = 0
+    """Seed of clusters, samples and subsets."""
+    helip_compat: bool = False
+    """Rank as HELIP's released miner does, to compare: a random subset, its thresholds, products of negatives. Not exact."""
+    helip_subset: int = 3_000_000
+    """Pairs of that random subset."""
     image_ceiling: float = 1.0
     """Pairs whose image cosine is above this are near-duplicates, never hard pairs; 1 = off. Depends on the encoder."""
     text_ceiling: float = 1.0
@@ -44,10 +67,39 @@ class Search:
     """Hard pairs must score strictly above this."""
     noise_alignment_quantile: float = 0.0
     """Share of the pairs, those whose own image and text agree least, to mark as noise: not to be used as anchors."""
-    block: int = 1024
-    """Pairs searched and committed at a time: what a kill can lose."""
+    queries: str | None = None
+    """Search only the pairs START:STOP and stop: to try things out, or one piece of a job array. The table is finished by
+    the process that completes it."""
+    block: int | None = None
+    """Pairs searched and committed at a time: what a kill can lose. Left out: what suits backend and device."""
+    patience_s: float = 60.0
+    """Seconds without a sign of life after which the other ranks take over a rank's blocks."""
+    check_embeddings: bool = True
+    """Compare the embeddings with their checksums first (rank 0)."""
     resume: bool = True
     """Go on with an interrupted search, keep a finished one; --no-resume starts afresh."""
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Recompute rows of a PairTable in float64 from the embeddings; exit code 1 when any is not what the definition says.
+
+    Checks ids, order, cosines, exclusions, counts and noise marks of rows drawn at random, by another path than the search.
+    Rows that are not certified may lack hard pairs: those are counted, not an error.
+
+    Example: python -m mining.main verify --pairs pairs/a --embeddings embeddings/a --sample 10000
+    """
+
+    pairs: Path
+    """PairTable folder, from search."""
+    embeddings: Path
+    """EmbeddingStore folder that it was made from."""
+    sample: int = 10000
+    """Rows to recompute; all of them when the table has no more."""
+    seed: int = 0
+    """Seed of the rows drawn."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +136,11 @@ class Gallery:
 
 Command = (
     Annotated[Search, tyro.conf.subcommand("search")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Gallery, tyro.conf.subcommand("gallery")]
 )
-COMMANDS = {"search": Search, "inspect": Inspect, "gallery": Gallery}
+COMMANDS = {"search": Search, "verify": Verify, "inspect": Inspect, "gallery": Gallery}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -104,35 +157,87 @@ def main(arguments: Sequence[str]) -> None:
     config = parse(
         config_type, program=f"{PROGRAM} {name}", description=inspect.cleandoc(config_type.__doc__), arguments=rest
     )
-    {"search": run_search, "inspect": run_inspect, "gallery": run_gallery}[name](config)
+    {"search": run_search, "verify": run_verify, "inspect": run_inspect, "gallery": run_gallery}[name](config)
 
 
 def run_search(config: Search) -> None:
     # Heavy imports wait until the flags are known to be right.
+    from mining.backends import BackendChoice
     from mining.embedding_store import EmbeddingStore
     from mining.problem import SearchLimits
+    from mining.ranks import RankPlace
     from mining.search import search_pairs
     from mining.summary import read_summary, summary_text
 
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    place = RankPlace.from_environment()
+    share_cores(place.local_world_size)
+    names = ("backend", "device", "index", "nlist", "nprobe", "exact", "seed", "helip_compat", "helip_subset")
+    choice = BackendChoice(**{name: getattr(config, name) for name in names})
     limits = SearchLimits(config.k, config.image_ceiling, config.text_ceiling, config.floor)
+    queries = None if config.queries is None else parsed_range(config.queries)
     store = EmbeddingStore.open(config.embeddings)
-    if rank == 0:
+    if place.rank == 0 and config.check_embeddings:
         store.verify_contents()
     table = search_pairs(
         store,
         config.out,
         limits,
-        backend=config.backend,
+        choice=choice,
         noise_alignment_quantile=config.noise_alignment_quantile,
+        queries=queries,
         block=config.block,
         resume=config.resume,
-        show_progress=rank == 0,
-        rank=rank,
-        world_size=world_size,
+        show_progress=place.rank == 0,
+        place=place,
+        patience_s=config.patience_s,
+        recall_rows=config.recall_sample,
     )
-    if table is not None and rank == 0:
-        print(summary_text(read_summary(config.out)))
+    if place.rank != 0:
+        return
+    if table is None:
+        print(f"pairs {config.queries} are searched; {config.out} is finished by the search that completes the others")
+        return
+    print(summary_text(read_summary(config.out)))
+    if "recall" in table.manifest["facts"]:
+        from mining.recall import recall_text
+
+        print(f"recall           {recall_text(table.manifest['facts']['recall'])}")
+
+
+def share_cores(local_world_size: int) -> None:
+    """The node's processor cores among its ranks, unless OMP_NUM_THREADS says otherwise."""
+    import torch
+
+    if local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+
+
+def parsed_range(text: str) -> range:
+    """START:STOP; ValueError for anything else."""
+    try:
+        start, stop = (int(number) for number in text.split(":"))
+    except ValueError:
+        raise ValueError(f"--queries {text} must be two whole numbers START:STOP, such as 0:2048") from None
+    return range(start, stop)
+
+
+def run_verify(config: Verify) -> None:
+    from mining.backends import torch_device
+    from mining.embedding_store import EmbeddingStore
+    from mining.pair_table import PairTable
+    from mining.verify import verify_table
+
+    report = verify_table(
+        PairTable.open(config.pairs),
+        EmbeddingStore.open(config.embeddings),
+        sample=config.sample,
+        seed=config.seed,
+        device=torch_device(config.device),
+        show_progress=True,
+    )
+    print(report.text())
+    if report.num_wrong:
+        sys.exit(1)
 
 
 def run_inspect(config: Inspect) -> None:

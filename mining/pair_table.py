@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 
 from mining.array_folder import ArrayFolderWriter, ArraySpec, open_arrays, verify_contents
-from mining.duplicates import CAUSES
+from mining.problem import CAUSES, NO_PAIR
 
 KIND = "PairTable"
 VERSION = 1
 REMEDY = "make it with `python -m mining.main search --embeddings FOLDER --out FOLDER`"
-NO_PAIR = -1
 
 
 class PairTable:

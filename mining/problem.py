@@ -3,12 +3,16 @@
 Shape letters: N pairs, Q queries of one block, D embedding width, K neighbours, C causes of exclusion.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import numpy as np
 
 from mining.embedding_store import EmbeddingStore
+
+NO_PAIR = -1
+# Of exclusion, in order: a pair counts under the first that applies.
+CAUSES = ("same_image", "same_caption", "near_image", "near_text")
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,38 @@ class TopK:
     excluded_example_QC: np.ndarray
     certified_Q: np.ndarray
 
+    @classmethod
+    def none(cls, num_queries: int, k: int) -> "TopK":
+        """No hard pair and nothing excluded, which is proven for a query without an embedding."""
+        return cls(
+            np.full((num_queries, k), NO_PAIR),
+            np.zeros((num_queries, k)),
+            np.zeros((num_queries, k)),
+            np.zeros((num_queries, len(CAUSES)), np.int64),
+            np.full((num_queries, len(CAUSES)), NO_PAIR),
+            np.ones(num_queries, bool),
+        )
+
+    def of_queries(self, rows: slice | np.ndarray) -> "TopK":
+        """The answer for some of the queries."""
+        return TopK(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def spread(self, live_Q: np.ndarray) -> "TopK":
+        """This answer for the queries that are True in `live_Q`, none for the others."""
+        whole = TopK.none(len(live_Q), self.ids_QK.shape[1])
+        for field in fields(self):
+            getattr(whole, field.name)[live_Q] = getattr(self, field.name)
+        return whole
+
 
 class SearchBackend(Protocol):
-    """A way to answer a SearchProblem; every backend returns the same bytes for rows that it certifies."""
+    """A way to answer a SearchProblem; every backend returns the same ids and cosines for rows that it certifies.
+
+    queries_together: how many queries one pass over the base serves well.
+    """
 
     name: str
+    queries_together: int
 
     def search(self, query_ids_Q: np.ndarray) -> TopK:
         """Hard pairs of the pairs `query_ids_Q` (int64, any order) among all pairs of the problem."""

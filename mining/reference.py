@@ -10,6 +10,7 @@ import torch
 
 from mining.duplicates import ExclusionCount, exclude, find_in_tile
 from mining.problem import SearchProblem, TopK
+from mining.rows import BaseStream
 from mining.similarity import (
     SPARSE_SHARE,
     approximate_similarity,
@@ -31,26 +32,30 @@ class ReferenceSearch:
     """Exact search of a SearchProblem; the base streams past each block of queries in tiles of `base_block` rows."""
 
     name = "reference"
+    queries_together = 1024
 
     def __init__(self, problem: SearchProblem, *, base_block: int = BASE_BLOCK):
         if base_block < 1:
             raise ValueError(f"base_block={base_block}, but a tile needs at least 1 row")
         self.problem = problem
-        self.base_block = base_block
+        self.stream = BaseStream(problem, torch.device("cpu"), block_rows=base_block)
 
-    def search(self, query_ids_Q: np.ndarray) -> TopK:
-        """Hard pairs of the pairs `query_ids_Q` (int64 [Q]); queries without an embedding get none."""
+    def search(self, query_ids_Q: np.ndarray, *, base: slice | None = None, known: TopK | None = None) -> TopK:
+        """Hard pairs of the pairs `query_ids_Q` (int64 [Q]) among all pairs; queries without an embedding get none.
+
+        `base`: search only these pairs. `known`: an exact answer for the same queries among pairs before `base`, to go
+        on from.
+        """
         problem, limits = self.problem, self.problem.limits
         live_Q = problem.valid_N[query_ids_Q]
-        state = RunningTopK(int(live_Q.sum()), limits.k, limits.floor)
-        excluded = ExclusionCount(len(state.ids_QK))
         live_ids_Q = query_ids_Q[live_Q]
+        before = TopK.none(len(live_ids_Q), limits.k) if known is None else known.of_queries(live_Q)
+        state = RunningTopK.of(before, limits.floor)
+        excluded = ExclusionCount.of(before)
         query = (load_rows(problem.image_ND, live_ids_Q), load_rows(problem.text_ND, live_ids_Q))
-        for start in range(0, len(problem) if len(live_ids_Q) else 0, self.base_block):
-            rows = slice(start, min(start + self.base_block, len(problem)))
-            base = (load_rows(problem.image_ND, rows), load_rows(problem.text_ND, rows))
-            search_tile(problem, live_ids_Q, rows, query, base, state, excluded)
-        return spread(state, excluded, live_Q)
+        for block in self.stream.blocks(base) if len(live_ids_Q) else ():
+            search_tile(problem, live_ids_Q, block.rows, query, (block.image_BD, block.text_BD), state, excluded)
+        return top_k(state, excluded).spread(live_Q)
 
 
 def search_tile(
@@ -85,6 +90,13 @@ def search_tile(
     state.merge(rows_S.numpy(), base_rows.start + columns_S.numpy(), *exact)
 
 
+def top_k(state: RunningTopK, excluded: ExclusionCount) -> TopK:
+    """The answer as it stands, every row certified."""
+    certified_Q = np.ones(len(state.ids_QK), bool)
+    columns = (state.ids_QK, state.image_similarity_QK, state.text_similarity_QK)
+    return TopK(*columns, excluded.num_excluded_QC, excluded.example_QC, certified_Q)
+
+
 def is_dense(entry_QB: torch.Tensor) -> bool:
     """So many entries that the whole tile in float64 is cheaper than one entry after the other."""
     return int(entry_QB.sum()) * SPARSE_SHARE > entry_QB.numel()
@@ -109,22 +121,3 @@ def narrow_exactly(
     tie_QB = score_QB == kth_Q1
     tie_QB &= tie_QB.cumsum(dim=1) <= kept - above_QB.sum(dim=1, keepdim=True)
     return (above_QB | tie_QB) & (score_QB > threshold_Q[:, None])
-
-
-def spread(state: RunningTopK, excluded: ExclusionCount, live_Q: np.ndarray) -> TopK:
-    """The answer for all queries of the block: those without an embedding get empty rows, proven like the others."""
-    num_queries = len(live_Q)
-
-    def full(values: np.ndarray, fill: float) -> np.ndarray:
-        rows = np.full((num_queries, values.shape[1]), fill, values.dtype)
-        rows[live_Q] = values
-        return rows
-
-    return TopK(
-        ids_QK=full(state.ids_QK, -1),
-        image_similarity_QK=full(state.image_similarity_QK, 0.0),
-        text_similarity_QK=full(state.text_similarity_QK, 0.0),
-        num_excluded_QC=full(excluded.num_excluded_QC, 0),
-        excluded_example_QC=full(excluded.example_QC, -1),
-        certified_Q=np.ones(num_queries, bool),
-    )

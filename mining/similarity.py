@@ -10,6 +10,8 @@ Shape letters: Q query rows, B base rows, D embedding width, S selected (query, 
 import numpy as np
 import torch
 
+from mining.rows import read_rows
+
 # Rows may be 5e-3 longer than one, and float16 rounding adds 2^-12: the product of two lengths stays below this.
 LENGTH_PRODUCT_BOUND = 1.02
 FLOAT32_ROUNDING = 2.0**-24
@@ -18,8 +20,8 @@ SPARSE_SHARE = 32
 
 
 def load_rows(rows_ND: np.ndarray, ids: slice | np.ndarray) -> torch.Tensor:
-    """float16 tensor of the rows `ids`; copies, since a memory map is read-only."""
-    return torch.from_numpy(np.array(rows_ND[ids]))
+    """float16 tensor of the rows `ids`, copied."""
+    return torch.from_numpy(read_rows(rows_ND, ids))
 
 
 def approximate_similarity(query_QD: torch.Tensor, base_BD: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ Shape letters: Q queries, K neighbours, S new candidates of any of the queries.
 
 import numpy as np
 
-NO_PAIR = -1
+from mining.problem import NO_PAIR, TopK
 
 
 class RunningTopK:
@@ -23,6 +23,15 @@ class RunningTopK:
     def threshold_Q(self) -> np.ndarray:
         """float64 [Q]: a later id must score strictly more than this to enter."""
         return np.maximum(self.score_QK[:, -1], self.floor)
+
+    @classmethod
+    def of(cls, known: TopK, floor: float) -> "RunningTopK":
+        """Goes on from an exact answer."""
+        state = cls(len(known.ids_QK), known.ids_QK.shape[1], floor)
+        rows_S, places_S = np.nonzero(known.ids_QK != NO_PAIR)
+        columns = (known.ids_QK, known.image_similarity_QK, known.text_similarity_QK)
+        state.merge(rows_S, *(values[rows_S, places_S] for values in columns))
+        return state
 
     def clear(self, rows: np.ndarray) -> None:
         """Forget all candidates of the queries `rows`."""

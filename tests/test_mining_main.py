@@ -62,14 +62,14 @@ def test_faiss_backend_is_reached_by_its_flag(tmp_path, capsys):
     random_store(tmp_path / "e", 60)
     code, _, _ = call(capsys, "search", "--embeddings", tmp_path / "e", "--out", tmp_path / "p", "--backend", "faiss")
     assert code == 0
-    assert PairTable.open(tmp_path / "p").manifest["parameters"]["backend"] == "faiss"
+    assert PairTable.open(tmp_path / "p").manifest["facts"]["backend"] == "faiss"
 
 
 def test_help_lists_commands_and_flags(capsys):
     for arguments in ((), ("--help",)):
         code, out, _ = call(capsys, *arguments)
         assert code == 0
-        assert all(command in out for command in ("search", "inspect", "gallery"))
+        assert all(command in out for command in ("search", "verify", "inspect", "gallery"))
     code, out, _ = call(capsys, "search", "--help")
     assert code == 0
     for flag in (

@@ -1,18 +1,15 @@
 """The search against the definition in float64: ids, counts, ties, edge sizes, resuming, ranks, and HELIP's defects."""
 
 import hashlib
-import multiprocessing
 import os
-import threading
-import time
 
 import numpy as np
 import pytest
 import torch
 
 import kernels
-import mining.search
 from mining import EmbeddingStore, PairTable
+from mining.backends import BackendChoice
 from mining.problem import SearchLimits, SearchProblem
 from mining.reference import ReferenceSearch
 from mining.search import search_pairs
@@ -205,13 +202,13 @@ def test_interrupted_search_goes_on_from_its_last_block(tmp_path, monkeypatch):
     limits = SearchLimits(k=4)
     search_pairs(store, tmp_path / "whole", limits)
     with monkeypatch.context() as patch:
-        patch.setattr("mining.search.ReferenceSearch", lambda problem: FailsAtBlock(problem, 3))
+        patch.setattr("mining.search.make_backend", lambda choice, problem, *_: FailsAtBlock(problem, 3))
         with pytest.raises(KeyboardInterrupt):
             search_pairs(store, tmp_path / "pairs", limits, block=10)
     assert not (tmp_path / "pairs").exists()
     with monkeypatch.context() as patch:
         # The 7 blocks left and not one more.
-        patch.setattr("mining.search.ReferenceSearch", lambda problem: FailsAtBlock(problem, 7))
+        patch.setattr("mining.search.make_backend", lambda choice, problem, *_: FailsAtBlock(problem, 7))
         search_pairs(store, tmp_path / "pairs", limits, block=10)
     assert array_bytes(tmp_path / "pairs") == array_bytes(tmp_path / "whole")
     assert PairTable.open(tmp_path / "pairs").fingerprint == PairTable.open(tmp_path / "whole").fingerprint
@@ -221,7 +218,7 @@ def test_damaged_block_of_an_interrupted_search_is_searched_again(tmp_path, monk
     store = random_store(tmp_path / "store", 100)
     search_pairs(store, tmp_path / "whole", SearchLimits(k=4))
     with monkeypatch.context() as patch:
-        patch.setattr("mining.search.ReferenceSearch", lambda problem: FailsAtBlock(problem, 3))
+        patch.setattr("mining.search.make_backend", lambda choice, problem, *_: FailsAtBlock(problem, 3))
         with pytest.raises(KeyboardInterrupt):
             search_pairs(store, tmp_path / "pairs", SearchLimits(k=4), block=10)
     (partial,) = tmp_path.glob(".pairs.partial-*")
@@ -232,52 +229,31 @@ def test_damaged_block_of_an_interrupted_search_is_searched_again(tmp_path, monk
     assert array_bytes(tmp_path / "pairs") == array_bytes(tmp_path / "whole")
 
 
-class SlowSearch(ReferenceSearch):
-    def search(self, query_ids_Q):
-        time.sleep(0.02)
-        return super().search(query_ids_Q)
-
-
-def search_slowly(store_path, out):
-    mining.search.ReferenceSearch = SlowSearch
-    search_pairs(EmbeddingStore.open(store_path), out, SearchLimits(k=4), block=5)
-
-
-@pytest.mark.slow
-def test_search_killed_at_any_moment_resumes_to_the_same_bytes(tmp_path):
-    store = random_store(tmp_path / "store", 200)
-    search_pairs(store, tmp_path / "whole", SearchLimits(k=4))
-    # Forked from a server that has imported torch and run nothing.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "mining.search"])
-    for blocks_before_kill in (3, 11):
-        process = context.Process(target=search_slowly, args=(tmp_path / "store", tmp_path / "pairs"))
-        process.start()
-        while len(list(tmp_path.glob(".pairs.partial-*/blocks/*.json"))) < blocks_before_kill:
-            assert process.is_alive(), "the search ended before it could be killed"
-            time.sleep(0.002)
-        process.kill()
-        process.join()
-        assert not (tmp_path / "pairs").exists()
-    search_pairs(store, tmp_path / "pairs", SearchLimits(k=4), block=5)
-    assert array_bytes(tmp_path / "pairs") == array_bytes(tmp_path / "whole")
-    assert list(tmp_path.glob(".pairs.*")) == []
-
-
-def test_two_ranks_give_the_bytes_of_one(tmp_path):
+def test_queries_in_pieces_complete_the_table_with_the_bytes_of_one_search(tmp_path):
     store = random_store(tmp_path / "store", 103)
-    search_pairs(store, tmp_path / "one", SearchLimits(k=4))
-    results = {}
+    search_pairs(store, tmp_path / "whole", SearchLimits(k=4))
+    pieces = [range(40, 103), range(0, 12), range(12, 40)]
+    tables = [search_pairs(store, tmp_path / "pairs", SearchLimits(k=4), queries=piece, block=10) for piece in pieces]
+    assert tables[0] is None
+    assert tables[1] is None
+    assert tables[2].certified_N.all()
+    assert array_bytes(tmp_path / "pairs") == array_bytes(tmp_path / "whole")
+    assert PairTable.open(tmp_path / "whole").fingerprint == tables[2].fingerprint
 
-    def search_share(rank: int) -> None:
-        results[rank] = search_pairs(store, tmp_path / "two", SearchLimits(k=4), block=10, rank=rank, world_size=2)
 
-    other = threading.Thread(target=search_share, args=(1,))
-    other.start()
-    search_share(0)
-    other.join()
-    assert results[1] is None
-    assert array_bytes(tmp_path / "two") == array_bytes(tmp_path / "one")
+def test_every_exact_backend_writes_the_same_bytes_and_fingerprint(tmp_path):
+    store = random_store(tmp_path / "store", 150)
+    limits = SearchLimits(k=6, image_ceiling=0.5, floor=0.01)
+    choices = [BackendChoice(backend=name) for name in ("fused", "reference", "faiss")]
+    choices.append(BackendChoice(backend="faiss", index="ivf", nlist=8, nprobe=2, exact=True))
+    tables = [
+        search_pairs(store, tmp_path / f"table-{number}", limits, choice=choice, block=40)
+        for number, choice in enumerate(choices)
+    ]
+    assert len({table.fingerprint for table in tables}) == 1
+    for table in tables[1:]:
+        assert array_bytes(table.path) == array_bytes(tables[0].path)
+    assert [table.manifest["facts"]["backend"] for table in tables] == ["fused", "reference", "faiss", "faiss"]
 
 
 @pytest.mark.parametrize(
@@ -302,8 +278,10 @@ def test_search_refuses_bad_parameters(tmp_path):
         search_pairs(store, tmp_path / "pairs", SearchLimits(k=2), noise_alignment_quantile=1.0)
     with pytest.raises(ValueError, match="block=0"):
         search_pairs(store, tmp_path / "pairs", SearchLimits(k=2), block=0)
-    with pytest.raises(ValueError, match="backend='cuda'"):
-        search_pairs(store, tmp_path / "pairs", SearchLimits(k=2), backend="cuda")
+    with pytest.raises(ValueError, match="queries=2:9 must be a range START:STOP of the pairs 0:5"):
+        search_pairs(store, tmp_path / "pairs", SearchLimits(k=2), queries=range(2, 9))
+    with pytest.raises(ValueError, match="patience_s=0"):
+        search_pairs(store, tmp_path / "pairs", SearchLimits(k=2), patience_s=0)
 
 
 # Defects of HELIP's released miner; the numbers are those of its list of correctness defects.
@@ -313,7 +291,7 @@ def test_search_refuses_bad_parameters(tmp_path):
 def test_helip_defect_09_data_smaller_than_any_block_is_searched(tmp_path, num_pairs):
     rows = unit(np.abs(random_rows(num_pairs, 6, 0)))
     store = EmbeddingStore.write(tmp_path / "store", rows, rows)
-    table = search_pairs(store, tmp_path / "pairs", SearchLimits(k=50), block=4096, rank=0, world_size=1)
+    table = search_pairs(store, tmp_path / "pairs", SearchLimits(k=50), block=4096)
     assert ((table.pair_ids_NK >= 0).sum(axis=1) == num_pairs - 1).all()
 
 

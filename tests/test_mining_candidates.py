@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 
 from mining import EmbeddingStore
-from mining.index import FaissSearch, certified, unseen_bound
+from mining.backends import BackendChoice
+from mining.candidates import LONGEST_LIST, CandidateSearch, certified, unseen_bound
+from mining.index import FlatLists
 from mining.problem import SearchLimits, SearchProblem
 from mining.reference import ReferenceSearch
 from mining.search import search_pairs
@@ -13,7 +16,12 @@ from tests.embeddings import array_bytes, lattice_rows, random_rows, random_stor
 ANSWER = ("ids_QK", "image_similarity_QK", "text_similarity_QK", "num_excluded_QC", "excluded_example_QC")
 
 
-def assert_same_answer(problem: SearchProblem, searcher: FaissSearch) -> None:
+def flat_search(problem: SearchProblem, *, longest_list: int = LONGEST_LIST) -> CandidateSearch:
+    lists = FlatLists(problem, torch.device("cpu"))
+    return CandidateSearch(problem, lists, exact=ReferenceSearch(problem), longest_list=longest_list)
+
+
+def assert_same_answer(problem: SearchProblem, searcher: CandidateSearch) -> None:
     query_ids = np.arange(len(problem))
     expected, answer = ReferenceSearch(problem).search(query_ids), searcher.search(query_ids)
     for name in ANSWER:
@@ -34,7 +42,7 @@ def test_five_thousand_pairs_with_large_groups_equal_the_exact_search(tmp_path):
         caption_group_N=caption_N,
     )
     problem = SearchProblem.of(store, SearchLimits(k=50))
-    searcher = FaissSearch(problem)
+    searcher = flat_search(problem)
     query_ids = rng.choice(5000, 700, replace=False)
     expected, answer = ReferenceSearch(problem).search(query_ids), searcher.search(query_ids)
     for name in ANSWER:
@@ -48,7 +56,7 @@ def test_unequal_similarities_are_certified_by_a_weight_of_their_own(tmp_path):
         tmp_path / "store", random_rows(1500, 32, 0, offset=0.5), random_rows(1500, 32, 1, offset=3.0)
     )
     assert_same_answer(
-        SearchProblem.of(store, SearchLimits(k=10)), FaissSearch(SearchProblem.of(store, SearchLimits(k=10)))
+        SearchProblem.of(store, SearchLimits(k=10)), flat_search(SearchProblem.of(store, SearchLimits(k=10)))
     )
 
 
@@ -61,13 +69,13 @@ def test_lattice_ties_equal_the_exact_search(tmp_path, limits):
     store = EmbeddingStore.write(tmp_path / "store", lattice_rows(300, 0), lattice_rows(300, 1))
     problem = SearchProblem.of(store, limits)
     # Lists shorter than the data, so that ties at their end must be noticed.
-    assert_same_answer(problem, FaissSearch(problem, longest_list=128))
+    assert_same_answer(problem, flat_search(problem, longest_list=128))
 
 
 def test_rows_that_no_list_certifies_are_searched_exactly(tmp_path):
     rows = np.repeat(random_rows(1, 12, 0), 300, axis=0)
     problem = SearchProblem.of(EmbeddingStore.write(tmp_path / "store", rows, rows), SearchLimits(k=3))
-    searcher = FaissSearch(problem, longest_list=64)
+    searcher = flat_search(problem, longest_list=64)
     assert_same_answer(problem, searcher)
     assert searcher.num_rerun == 300
 
@@ -76,14 +84,14 @@ def test_rows_without_embedding_and_few_pairs(tmp_path):
     image, text = random_rows(7, 5, 0, offset=0.5), random_rows(7, 3, 1, offset=0.5)
     image[2] = np.nan
     problem = SearchProblem.of(EmbeddingStore.write(tmp_path / "store", image, text), SearchLimits(k=20))
-    assert_same_answer(problem, FaissSearch(problem))
+    assert_same_answer(problem, flat_search(problem))
 
 
 def test_faiss_writes_the_bytes_of_the_reference(tmp_path):
     store = random_store(tmp_path / "store", 200)
     limits = SearchLimits(k=5, image_ceiling=0.5)
     search_pairs(store, tmp_path / "reference", limits)
-    search_pairs(store, tmp_path / "faiss", limits, backend="faiss", block=64)
+    search_pairs(store, tmp_path / "faiss", limits, choice=BackendChoice(backend="faiss"), block=64)
     assert array_bytes(tmp_path / "reference") == array_bytes(tmp_path / "faiss")
 
 
@@ -120,4 +128,4 @@ def test_nearly_opposite_rows_stay_out(tmp_path):
     image = unit(np.array([[1.0, 0.0], [-0.8, 0.6], [0.6, 0.8]]))
     text = unit(np.array([[1.0, 0.0], [-0.6, 0.8], [0.6, 0.8]]))
     problem = SearchProblem.of(EmbeddingStore.write(tmp_path / "store", image, text), SearchLimits(k=2))
-    assert FaissSearch(problem).search(np.arange(3)).ids_QK[0].tolist() == [2, -1]
+    assert flat_search(problem).search(np.arange(3)).ids_QK[0].tolist() == [2, -1]
