@@ -37,7 +37,7 @@ from kernels.rows.kernel import (
     tile_settings,
 )
 
-# A strip of the forward sweep: parts of 16 bytes for every row and column of a tile, 64 MiB at most, and launches
+# A strip of the forward sweep: parts of 16 bytes for every row and column of a tile, 96 MiB at most, and launches
 # long enough to hide the processor's work between them.
 FORWARD_STRIP = 16384
 SHARED_RANGE = tl.constexpr(SHARED_EXPONENT_RANGE)
@@ -333,7 +333,7 @@ def forward_sweep(
 ) -> Statistics:
     """As `blockwise.forward_sweep`: one product. The tile arguments are not used, blocks come from `launch`'s table.
 
-    Scratch memory: at most 64 MiB. ValueError where Triton cannot run.
+    Scratch memory: at most 96 MiB. ValueError where Triton cannot run.
     """
     require_triton("forward_sweep", x_BD.device)
     chip, dtype = chip_of(x_BD.device), accumulation_dtype(x_BD.dtype)
