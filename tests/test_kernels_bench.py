@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from kernels.bench.__main__ import OPERATIONS, main, rows, table
+from kernels.bench.__main__ import OPERATIONS, machine, main, rows, table
 from kernels.bench.contrastive import paired_rows
 from kernels.bench.measure import Contender, Timing, compare
 from kernels.bench.peers import chunked_siglip_loss, linear_cross_entropy_twice, open_clip_loss
@@ -106,3 +106,9 @@ def test_the_gpus_contenders_agree_with_open_clip_on_the_cpu():
     for chunk_rows in (32, 40, 96, 1000):
         chunked = chunked_siglip_loss(image, text, scale, bias, chunk_rows=chunk_rows)
         torch.testing.assert_close(chunked, module.SigLipLoss()(image, text, scale, bias), rtol=1e-5, atol=0)
+
+
+def test_without_git_the_machine_has_no_commit(monkeypatch):
+    assert machine(torch.device("cpu"))["torch"] == torch.__version__
+    monkeypatch.setenv("PATH", "")
+    assert machine(torch.device("cpu"))["commit"] is None

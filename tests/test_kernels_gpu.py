@@ -160,7 +160,7 @@ def test_the_sanitizers_exit_code_decides(code, status, monkeypatch, tmp_path):
     outcome = gpu.sanitizer(options_with(), CUDA)
     assert outcome.status == status
     if code:
-        assert "exit code 9: --tool memcheck --error-exitcode 9" in outcome.detail
+        assert "exit code 9: --tool memcheck --report-api-errors no --error-exitcode 9" in outcome.detail
         assert "--checks-only --small" in outcome.detail
         assert outcome.detail.endswith("cache 1")
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -119,7 +120,7 @@ def roofline_beside(device: torch.device) -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Where and with what the numbers were taken; commit is None outside a git checkout."""
+    """Where and with what the numbers were taken; commit is None outside a git checkout and without git."""
     processor = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -127,21 +128,22 @@ def machine(device: torch.device) -> dict[str, Any]:
             line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
         ]
         processor = names[0] if names else processor
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    )
     return {
         "processor": processor,
         "num_processors": os.cpu_count(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": git.stdout.strip() or None,
+        "commit": _commit(),
     }
+
+
+def _commit() -> str | None:
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "describe", "--always", "--dirty"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    return run.stdout.strip() or None
 
 
 if __name__ == "__main__":

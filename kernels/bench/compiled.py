@@ -35,7 +35,7 @@ TABLE = Path(__file__).with_name("compiled.json")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 DIMS = (64, 512, 640, 768, 1024, 1152)
 # Constants that the block table already fixes, and that would only lengthen a name.
-UNNAMED = ("ACC", "INTERPRET", "EVEN")
+UNNAMED = ("ACC", "INTERPRET", "EVEN", "IMAGE_EVEN", "TEXT_EVEN")
 MATRIX_INSTRUCTIONS = {
     "cuda": r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]*",
     "hip": r"v_mfma_\w+",
@@ -214,7 +214,9 @@ def _read_amd(compiled: Any, target: Any) -> dict[str, Any]:
     return {
         # Matrix accumulators lie in the same file on this chip, and are part of the count.
         "registers": note("vgpr_count"),
-        "spill_bytes": 4 * (note("vgpr_spill_count") + note("sgpr_spill_count")),
+        "spill_bytes": 4 * note("vgpr_spill_count") + note("private_segment_fixed_size"),
+        # Kept in lanes of vector registers: two instructions each, and no memory.
+        "parked_scalars": note("sgpr_spill_count"),
         "shared_bytes": note("group_segment_fixed_size") or compiled.metadata.shared,
         **_count(assembly, assembly, r"^\t[a-z]\w+", "hip"),
     }

@@ -2,8 +2,9 @@
 
 In: `compiled.json` (registers, shared memory, matrix and special instructions) and the chips' rates. Out: for a program,
 clocks of its matrix instructions, of the bytes it moves and of its arithmetic; how many programs fit on a processor; and
-the share of the time in which the matrix units are busy. What is left out: latency that stays uncovered, bank
-conflicts, the last wave of programs, clocks below their maximum. The true figure is lower.
+the share of the time in which the matrix units are busy. Too bright: uncovered latency, bank conflicts, the last wave of
+programs and clocks below their maximum are left out. Too dark: arithmetic is counted in the text, so branches that most
+tiles skip count in full.
 """
 
 import math
@@ -13,8 +14,14 @@ from typing import Any
 from kernels.bench.chips import CHIPS, Chip
 from kernels.rows.kernel import STRIP_COLUMNS, STRIP_ROWS
 
-# Kernel -> whether its tile of weights goes to memory.
-TILE_KERNELS = {"statistics": False, "weights": True, "sigmoid_negative_sum": False, "sigmoid_weights": True}
+# Kernel -> how many products make its tile, and whether weights of the tile go to memory.
+TILE_KERNELS = {
+    "statistics": (1, False),
+    "weights": (1, True),
+    "sigmoid_negative_sum": (1, False),
+    "sigmoid_weights": (1, True),
+    "topk_sweep": (2, False),
+}
 # Kernels of no product: O(b + G) work beside the b x G of the others.
 WITHOUT_PRODUCT = ("merge",)
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
@@ -36,7 +43,8 @@ class Work:
 class Estimate:
     """An estimate. Clocks of one program alone on a processor; programs: how many share one, limited by `limit`.
 
-    busy: share of the time in which matrix units work. useful_tflops: of the whole chip, 2*b*G*D for a product.
+    slowest: which of the clocks is the largest. busy: share of the time in which matrix units work. useful_tflops: of
+    the whole chip, 2*b*G*D for a product.
     """
 
     matrix_clocks: float
@@ -46,6 +54,7 @@ class Estimate:
     issue_clocks: float
     programs: int
     limit: str
+    slowest: str
     busy: float
     useful_tflops: float
     matrix_instructions: int | None
@@ -82,9 +91,11 @@ def work_of(key: str, entry: dict[str, Any]) -> Work:
     halves = 2 if "SPLIT" in flags else 1
     if kernel in TILE_KERNELS:
         rows, columns, depth = entry["blocks"]
-        executed = 2.0 * rows * columns * math.ceil(dim / depth) * depth * passes
-        stored = rows * columns * size * halves if TILE_KERNELS[kernel] else 0
-        return Work(2.0 * rows * columns * dim, executed, (rows + columns) * dim * size + stored, stored)
+        num_products, stores = TILE_KERNELS[kernel]
+        executed = 2.0 * rows * columns * math.ceil(dim / depth) * depth * passes * num_products
+        stored = rows * columns * size * halves if stores else 0
+        loaded = (rows + columns) * dim * size * num_products
+        return Work(2.0 * rows * columns * dim * num_products, executed, loaded + stored, stored)
     if kernel == "add_products":
         rows, columns, _ = entry["blocks"]
         # Blocks that reach beyond the width compute what nobody reads.
@@ -114,8 +125,9 @@ def estimate(key: str, entry: dict[str, Any]) -> Estimate:
     special = entry["special_count"] * lanes / chip.special_per_clock
     issue = entry["instruction_count"] * lanes / chip.lanes_per_clock
     programs, limit = programs_per_processor(entry, chip)
-    moving = max(matrix, cache, memory)
-    clocks = max(moving, special, issue) if programs > 1 else moving + max(special, issue)
+    parts = {"matrix": matrix, "cache": cache, "memory": memory, "special": special, "arithmetic": issue}
+    moving, arithmetic = max(matrix, cache, memory), max(special, issue)
+    clocks = max(moving, arithmetic) if programs > 1 else moving + arithmetic
     return Estimate(
         matrix_clocks=matrix,
         cache_clocks=cache,
@@ -124,6 +136,7 @@ def estimate(key: str, entry: dict[str, Any]) -> Estimate:
         issue_clocks=issue,
         programs=programs,
         limit=limit,
+        slowest=max(parts, key=parts.get),
         busy=matrix / clocks,
         useful_tflops=work.useful_flop / clocks * processor_hz / 1e12,
         matrix_instructions=matrix_instructions(entry, work),
@@ -155,8 +168,9 @@ def flop_of(instruction: str) -> int | None:
 def estimates_table(table: dict[str, Any], chips: list[str] | None = None) -> str:
     """Text for a terminal."""
     lines = [
-        "ESTIMATE from compiled code and the makers' peak rates, not a measurement; an upper bound.",
-        f"{'kernel':62}{'matrix/program':>15}{'programs':>9}  {'limited by':15}{'busy':>6}{'useful TFLOP/s':>16}",
+        "ESTIMATE from compiled code and the makers' peak rates, not a measurement.",
+        f"{'kernel':64}{'matrix/program':>15}{'programs':>9}  {'limited by':15}{'slowest':12}{'busy':>5}"
+        f"{'useful TFLOP/s':>16}",
     ]
     previous = None
     for key, entry in sorted(table["entries"].items(), key=_order):
@@ -168,9 +182,10 @@ def estimates_table(table: dict[str, Any], chips: list[str] | None = None) -> st
             lines.append(f"{chip} ({CHIPS[chip].board}), {dtype}, D = {dim}")
         one = estimate(key, entry)
         count = "-" if one.matrix_instructions is None else one.matrix_instructions
-        name = key.split("/")[-1].replace("UNIT=1.0,", "").replace("PRECISION=", "")
+        name = key.split("/")[-1].replace("PRECISION=", "").replace("WANT_SCALE,WANT_WEIGHTS,", "")
         lines.append(
-            f"  {name:60}{count:>15}{one.programs:>9}  {one.limit:15}{one.busy:>6.0%}{one.useful_tflops:>16.0f}"
+            f"  {name:62}{count:>15}{one.programs:>9}  {one.limit:15}{one.slowest:12}{one.busy:>5.0%}"
+            f"{one.useful_tflops:>16.0f}"
         )
     return "\n".join(lines)
 
