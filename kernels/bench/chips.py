@@ -39,73 +39,68 @@ class Chip:
 
 
 KIB = 1024
+NVIDIA = {
+    "threads": 2048,
+    "programs": 32,
+    "registers": 65536,
+    "register_granularity": 8,
+    "shared_reserved_bytes": KIB,
+    "special_per_clock": 16,
+}
 # A 32-bit product on AMD is one; on NVIDIA it is one or three of TF32.
 CHIPS = {
     "sm_80": Chip(
         board="A100-SXM4-80GB",
         target=GPUTarget("cuda", 80, 32),
-        source="NVIDIA A100 Tensor Core GPU Architecture whitepaper v1.0, tables 1, 4 and 5; CUDA C Programming Guide, "
-        "compute capabilities 8.0; L2 5120 B/clock",
+        source="NVIDIA A100 Tensor Core GPU Architecture, whitepaper (5120 bytes a clock from the L2 cache); "
+        "CUDA C Programming Guide, compute capability 8.0",
         num_processors=108,
         clock_ghz=1.41,
-        threads=2048,
-        programs=32,
-        registers=65536,
-        register_granularity=8,
         shared_bytes=164 * KIB,
         shared_limit_bytes=163 * KIB,
-        shared_reserved_bytes=KIB,
         matrix_tflops={"bf16": 312.0, "tf32": 156.0},
         memory_gb_per_s=2039,
         cache_bytes_per_clock=5120 // 108,
-        special_per_clock=16,
+        **NVIDIA,
         lanes_per_clock=64,
     ),
     "sm_90": Chip(
         board="H100-SXM5-80GB",
         target=GPUTarget("cuda", 90, 32),
-        source="NVIDIA H100 Tensor Core GPU Architecture whitepaper v1.04, tables 1, 2 and 4; CUDA C Programming Guide, "
-        "compute capability 9.0; cache rate taken as A100's of the whole chip",
+        source="NVIDIA H100 Tensor Core GPU Architecture, whitepaper (1.83 GHz is the clock of its matrix "
+        "rates); CUDA C Programming Guide, compute capability 9.0; the L2 cache's rate is not published "
+        "and taken as A100's",
         num_processors=132,
         clock_ghz=1.83,
-        threads=2048,
-        programs=32,
-        registers=65536,
-        register_granularity=8,
         shared_bytes=228 * KIB,
         shared_limit_bytes=227 * KIB,
-        shared_reserved_bytes=KIB,
         matrix_tflops={"bf16": 989.4, "tf32": 494.7},
         memory_gb_per_s=3352,
         cache_bytes_per_clock=5120 // 132,
-        special_per_clock=16,
+        **NVIDIA,
         lanes_per_clock=128,
     ),
     "sm_100": Chip(
         board="B200-SXM-180GB",
         target=GPUTarget("cuda", 100, 32),
-        source="NVIDIA DGX B200 data sheet (72 PFLOP/s FP8 sparse, 8 GPUs, 64 TB/s) and Blackwell architecture brief; "
-        "CUDA C Programming Guide, compute capability 10.0; clock from the peak; cache rate taken as H100's for each SM",
+        source="NVIDIA HGX B200 data sheet; CUDA C Programming Guide, compute capability 10.0; clock from the "
+        "matrix rate; the L2 cache's rate is not published and taken as H100's for each SM",
         num_processors=148,
         clock_ghz=1.85,
-        threads=2048,
-        programs=32,
-        registers=65536,
-        register_granularity=8,
         shared_bytes=228 * KIB,
         shared_limit_bytes=227 * KIB,
-        shared_reserved_bytes=KIB,
         matrix_tflops={"bf16": 2250.0, "tf32": 1125.0},
         memory_gb_per_s=8000,
         cache_bytes_per_clock=5120 // 132,
-        special_per_clock=16,
+        **NVIDIA,
         lanes_per_clock=128,
     ),
     "gfx942": Chip(
         board="MI300X",
         target=GPUTarget("hip", "gfx942", 64),
-        source="AMD Instinct MI300X data sheet; AMD CDNA 3 white paper, tables 1 and 2 (L2 2 KiB/clock for the 38 CUs of "
-        "a die); AMD Instinct MI300 ISA, section 3.6",
+        source="AMD Instinct MI300X data sheet; AMD CDNA 3 white paper (an L2 cache of 2 KiB a clock for the 38 "
+        "CUs of a die); AMD Instinct MI300 instruction set reference; packed arithmetic is not counted "
+        "on",
         num_processors=304,
         clock_ghz=2.1,
         threads=2048,
@@ -120,6 +115,6 @@ CHIPS = {
         memory_gb_per_s=5300,
         cache_bytes_per_clock=2048 // 38,
         special_per_clock=16,
-        lanes_per_clock=128,
+        lanes_per_clock=64,
     ),
 }
