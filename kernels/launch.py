@@ -187,6 +187,38 @@ BLOCKS: dict[tuple[str, str], dict[str, tuple[tuple[int, Blocks], ...]]] = {
         "16bit": ((ANY, Blocks(128, 128, 32, num_warps=8, num_stages=2)),),
         "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=2)),),
     },
+    ("topk_sweep", "sm_80"): {
+        "16bit": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=3)),),
+        "fp32": ((ANY, Blocks(64, 64, 32, num_warps=8, num_stages=3)),),
+    },
+    ("topk_sweep", "sm_90"): {
+        "16bit": ((ANY, Blocks(128, 128, 64, num_warps=8, num_stages=3)),),
+        "fp32": ((ANY, Blocks(64, 64, 32, num_warps=8, num_stages=3)),),
+    },
+    ("topk_sweep", "sm_100"): {
+        "16bit": ((ANY, Blocks(128, 64, 64, num_warps=8, num_stages=3)),),
+        "fp32": ((ANY, Blocks(64, 64, 32, num_warps=8, num_stages=3)),),
+    },
+    ("topk_sweep", "gfx942"): {
+        "16bit": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=2)),),
+        "fp32": ((ANY, Blocks(64, 64, 32, num_warps=8, num_stages=2)),),
+    },
+    ("topk_sweep_excluding", "sm_80"): {
+        "16bit": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=3)),),
+        "fp32": ((ANY, Blocks(64, 64, 32, num_warps=8, num_stages=3)),),
+    },
+    ("topk_sweep_excluding", "sm_90"): {
+        "16bit": ((ANY, Blocks(128, 64, 64, num_warps=8, num_stages=3)),),
+        "fp32": ((ANY, Blocks(64, 64, 32, num_warps=8, num_stages=3)),),
+    },
+    ("topk_sweep_excluding", "sm_100"): {
+        "16bit": ((ANY, Blocks(128, 64, 64, num_warps=8, num_stages=3)),),
+        "fp32": ((ANY, Blocks(64, 64, 32, num_warps=8, num_stages=3)),),
+    },
+    ("topk_sweep_excluding", "gfx942"): {
+        "16bit": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=2)),),
+        "fp32": ((ANY, Blocks(64, 64, 32, num_warps=8, num_stages=2)),),
+    },
     **{
         ("contrastive_merge", chip): dict.fromkeys(
             ("16bit", "fp32"), ((ANY, Blocks(64, 1, 1, num_warps=2, num_stages=1)),)

@@ -98,7 +98,7 @@ def _search_of(backend: str):
     if backend == "blockwise":
         return product_topk_blockwise
     # Only who asks for Triton loads it.
-    from kernels.topk.kernel import product_topk_triton
+    from kernels.topk.blocks import product_topk_triton
 
     return product_topk_triton
 

@@ -1,0 +1,345 @@
+"""The kernel of the product top-k on Triton: a block of base rows against all queries, in one launch.
+
+A program owns some queries and walks over a part of the block's columns: both products of a tile, upper bounds on the
+cosines and on their clamped product, and the entries that may reach their query's threshold behind one another into the
+query's part of a buffer, which it alone writes to. Duplicates are left out and counted on the way; a similarity
+too close to a ceiling to tell is handed on as an open entry. A buffer counts on beyond its end, so that a launch that
+needs a larger one shows.
+
+Shape letters: `Q` queries, `N` base rows of the block, `C` causes, `P` parts of the block, `M` capacity. `I` and `J` number
+a tile's queries and base rows.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.launch import Specialisation, blocks_for
+from kernels.rows.kernel import TRITON_DTYPES, aligned_arguments, cosine_tile, tile_settings
+from kernels.rows.precision import accumulation_dtype
+from kernels.topk.problem import CAUSES
+
+# Enough programs for two on every multiprocessor of the largest chips.
+PROGRAMS = 320
+# Stored in place of a bound: to be decided exactly against the ceilings.
+OPEN = -1.0
+NO_COLUMN = 2**31 - 1
+FLAGS = ("IMAGE_GROUP", "TEXT_GROUP", "IMAGE_CEILING", "TEXT_CEILING", "VALID")
+NOWHERE = tl.constexpr(NO_COLUMN)
+IS_OPEN = tl.constexpr(OPEN)
+NUM_CAUSES = tl.constexpr(len(CAUSES))
+# In place of an excluded entry's image cosine: this for the first cause, twice that for the next, and so on; -inf for
+# what is no candidate and does not count. Above MARKED lie cosines.
+FIRST_MARKER = tl.constexpr(-(2.0**100))
+MARKED = tl.constexpr(-(2.0**99))
+
+
+@triton.jit
+def _score(image, text):
+    return tl.maximum(image, 0.0) * tl.maximum(text, 0.0)
+
+
+@triton.jit
+def _mark(image, found, marker: tl.constexpr):
+    """The marker in place of the image cosine of entries that are found, and not marked yet."""
+    return tl.where(found & (image > MARKED), marker, image)
+
+
+@triton.jit
+def _count_marked(image, columns, excluded_ptr, lowest_ptr, out, pitch, mask):
+    """Adds a tile's marked entries to the counts of their causes, and to the lowest column of each."""
+    # In memory, and in a loop that is not unrolled: registers would be held in tiles that exclude nothing, too.
+    marker = FIRST_MARKER
+    for _ in range(NUM_CAUSES):
+        found = image == marker
+        total = tl.load(excluded_ptr + out, mask=mask, other=0) + tl.sum(found.to(tl.int32), 1)
+        lowest = tl.load(lowest_ptr + out, mask=mask, other=0)
+        lowest = tl.minimum(lowest, tl.min(tl.where(found, columns[None, :], NOWHERE), 1))
+        # Rows are a program's own, but several of its threads may hold the same one.
+        tl.debug_barrier()
+        tl.store(excluded_ptr + out, total, mask=mask)
+        tl.store(lowest_ptr + out, lowest, mask=mask)
+        tl.debug_barrier()
+        excluded_ptr += pitch
+        lowest_ptr += pitch
+        marker *= 2
+
+
+@triton.jit
+def _first_kept(image, text, threshold, columns):
+    """Of each query: the first column that may reach the threshold, or is open (an image cosine of inf)."""
+    kept = (_score(image, text) >= threshold[:, None]) | (image == float("inf"))
+    return tl.min(tl.where(kept, columns[None, :], NOWHERE), 1)
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_columns", "part_columns", "capacity"])
+def sweep_kernel(
+    query_image_ptr,
+    query_text_ptr,
+    base_image_ptr,
+    base_text_ptr,
+    row_ptr,
+    ceilings_ptr,
+    self_ptr,
+    query_image_group_ptr,
+    query_text_group_ptr,
+    base_image_group_ptr,
+    base_text_group_ptr,
+    valid_ptr,
+    columns_ptr,
+    upper_ptr,
+    count_ptr,
+    excluded_ptr,
+    lowest_ptr,
+    num_queries,
+    num_columns,
+    part_columns,
+    image_dim,
+    text_dim,
+    capacity,
+    IMAGE_GROUP: tl.constexpr,
+    TEXT_GROUP: tl.constexpr,
+    IMAGE_CEILING: tl.constexpr,
+    TEXT_CEILING: tl.constexpr,
+    VALID: tl.constexpr,
+    IMAGE_EVEN: tl.constexpr,
+    TEXT_EVEN: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Entries of program (i, p)'s queries with part p of the columns: columns_ptr and upper_ptr [Q, P, M], count_ptr
+    [Q, P] counts those that find no place too; excluded_ptr and lowest_ptr [C, Q, P]."""
+    part = tl.program_id(1).to(tl.int64)
+    i_first = tl.program_id(0).to(tl.int64) * BLOCK_I
+    i_offsets, j_offsets = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_J)
+    i_count = tl.minimum(num_queries - i_first, BLOCK_I).to(tl.int32)
+    i_mask, i_rows = i_offsets < i_count, tl.minimum(i_offsets, i_count - 1)
+    row_ptr += i_first + i_offsets
+    # No entry of a query beyond the end reaches infinity.
+    threshold = tl.load(row_ptr, mask=i_mask, other=float("inf"))
+    image_error = tl.load(row_ptr + num_queries, mask=i_mask, other=0.0)
+    text_error = tl.load(row_ptr + 2 * num_queries, mask=i_mask, other=0.0)
+    own_column = tl.load(self_ptr + i_first + i_offsets, mask=i_mask, other=-1)
+    image_ceiling, text_ceiling = tl.load(ceilings_ptr), tl.load(ceilings_ptr + 1)
+    if IMAGE_GROUP:
+        query_image_group = tl.load(query_image_group_ptr + i_first + i_offsets, mask=i_mask, other=0)
+    if TEXT_GROUP:
+        query_text_group = tl.load(query_text_group_ptr + i_first + i_offsets, mask=i_mask, other=0)
+    query_image_ptr += i_first * image_dim
+    query_text_ptr += i_first * text_dim
+    first_cell = (i_first * tl.num_programs(1) + part) * capacity
+    columns_ptr += first_cell
+    upper_ptr += first_cell
+    # Within a program's cells int32 suffices: a thread holds many of them.
+    first_place = i_offsets * (tl.num_programs(1) * capacity)
+    count = tl.zeros([BLOCK_I], tl.int32)
+    # Place in [Q, P], and the distance of causes.
+    first_out = i_first * tl.num_programs(1) + part
+    out = i_offsets * tl.num_programs(1)
+    pitch = num_queries.to(tl.int64) * tl.num_programs(1)
+
+    base_image_ptr += part * part_columns * image_dim
+    base_text_ptr += part * part_columns * text_dim
+    # Columns of a block are int32, cells of its rows may not be.
+    first = tl.program_id(1) * part_columns
+    end = tl.minimum(first + part_columns, num_columns)
+    for j_first in range(first, end, BLOCK_J):
+        j_count = tl.minimum(end - j_first, BLOCK_J)
+        j_mask, j_rows = j_offsets < j_count, tl.minimum(j_offsets, j_count - 1)
+        columns = j_first + j_offsets
+        image = cosine_tile(
+            query_image_ptr,
+            base_image_ptr,
+            i_rows,
+            j_rows,
+            image_dim,
+            IMAGE_EVEN,
+            ACC,
+            PRECISION,
+            INTERPRET,
+            BLOCK_I,
+            BLOCK_J,
+            BLOCK_D,
+        )
+        text = cosine_tile(
+            query_text_ptr,
+            base_text_ptr,
+            i_rows,
+            j_rows,
+            text_dim,
+            TEXT_EVEN,
+            ACC,
+            PRECISION,
+            INTERPRET,
+            BLOCK_I,
+            BLOCK_J,
+            BLOCK_D,
+        )
+        image += image_error[:, None]
+        text += text_error[:, None]
+        present = j_mask
+        if VALID:
+            present = j_mask & (tl.load(valid_ptr + j_first + j_offsets, mask=j_mask, other=0) != 0)
+        relevant = _score(image, text) >= threshold[:, None]
+        if IMAGE_GROUP:
+            image_group = tl.load(base_image_group_ptr + j_first + j_offsets, mask=j_mask, other=0)
+            relevant = relevant | (query_image_group[:, None] == image_group[None, :])
+        if TEXT_GROUP:
+            text_group = tl.load(base_text_group_ptr + j_first + j_offsets, mask=j_mask, other=0)
+            relevant = relevant | (query_text_group[:, None] == text_group[None, :])
+        if IMAGE_CEILING:
+            relevant = relevant | (image > image_ceiling)
+        if TEXT_CEILING:
+            relevant = relevant | (text > text_ceiling)
+        # Most tiles hold nothing of interest and end here.
+        if tl.max(tl.max((relevant & present[None, :]).to(tl.int32), 1), 0) > 0:
+            other = present[None, :] & i_mask[:, None] & (columns[None, :] != own_column[:, None])
+            image = tl.where(other, image, float("-inf"))
+            if IMAGE_GROUP:
+                image = _mark(image, query_image_group[:, None] == image_group[None, :], FIRST_MARKER)
+            if TEXT_GROUP:
+                image = _mark(image, query_text_group[:, None] == text_group[None, :], 2 * FIRST_MARKER)
+            if IMAGE_CEILING:
+                image = _mark(image, image - 2 * image_error[:, None] > image_ceiling, 4 * FIRST_MARKER)
+                image = tl.where(image > image_ceiling, float("inf"), image)
+            if TEXT_CEILING:
+                # Under which cause an entry counts is open while the earlier cause is.
+                near = (text - 2 * text_error[:, None] > text_ceiling) & (image < float("inf"))
+                image = _mark(image, near, 8 * FIRST_MARKER)
+                image = tl.where((text > text_ceiling) & (image > MARKED), float("inf"), image)
+            if IMAGE_GROUP or TEXT_GROUP or IMAGE_CEILING or TEXT_CEILING:
+                _count_marked(image, columns, excluded_ptr + first_out, lowest_ptr + first_out, out, pitch, i_mask)
+            # One entry of every query at a time: few queries have a second one, and nothing else is as small.
+            column = _first_kept(image, text, threshold, columns)
+            while tl.min(column, 0) < NOWHERE:
+                is_chosen = columns[None, :] == column[:, None]
+                value = tl.where(image == float("inf"), IS_OPEN, _score(image, text))
+                value = tl.max(tl.where(is_chosen, value, float("-inf")), 1)
+                stored = (column < NOWHERE) & (count < capacity)
+                tl.store(columns_ptr + first_place + count, column, mask=stored)
+                tl.store(upper_ptr + first_place + count, value, mask=stored)
+                count += (column < NOWHERE).to(tl.int32)
+                image = tl.where(is_chosen, float("-inf"), image)
+                column = _first_kept(image, text, threshold, columns)
+        base_image_ptr += BLOCK_J * image_dim
+        base_text_ptr += BLOCK_J * text_dim
+
+    tl.store(count_ptr + first_out + out, count, mask=i_mask)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch's results: columns and upper bounds [Q, P, M], entries of each part [Q, P], exclusions [C, Q, P]."""
+
+    columns: Tensor
+    upper: Tensor
+    count: Tensor
+    excluded: Tensor
+    lowest: Tensor
+
+    @classmethod
+    def empty(cls, num_queries: int, num_parts: int, capacity: int, dtype: torch.dtype, device: torch.device):
+        integers = {"dtype": torch.int32, "device": device}
+        cells, parts = (num_queries, num_parts, capacity), (num_queries, num_parts)
+        return cls(
+            torch.empty(cells, **integers),
+            torch.empty(cells, dtype=dtype, device=device),
+            torch.empty(parts, **integers),
+            torch.zeros(len(CAUSES), *parts, **integers),
+            torch.full((len(CAUSES), *parts), NO_COLUMN, **integers),
+        )
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.columns, self.upper, self.count, self.excluded, self.lowest
+
+
+def launch_sweep(
+    queries: list[Tensor],
+    base: list[Tensor],
+    rows: Tensor,
+    ceilings: tuple[float, float],
+    own_Q: Tensor,
+    query_groups: list[Tensor | None],
+    base_groups: list[Tensor | None],
+    valid_N: Tensor | None,
+    capacity: int,
+    chip: str,
+) -> Launch:
+    """One launch. queries, base: image and text, contiguous. rows: [3, Q] in the accumulation dtype, threshold above 0
+    and both cosines' errors. own_Q: int32, the query's own column or -1. Groups int32 or None."""
+    dims = [rows_ND.shape[1] for rows_ND in base]
+    num_queries, num_columns = len(queries[0]), len(base[0])
+    limits = [ceiling if ceiling < 1 else None for ceiling in ceilings]
+    optional = (*query_groups, *limits, valid_N)
+    flags = dict(zip(FLAGS, (value is not None for value in optional), strict=True))
+    settings = sweep_settings(chip, queries[0].dtype, *dims, **flags)
+    num_row_blocks = triton.cdiv(num_queries, settings["BLOCK_I"])
+    part_blocks = triton.cdiv(num_columns, settings["BLOCK_J"] * triton.cdiv(PROGRAMS, num_row_blocks))
+    part_columns = part_blocks * settings["BLOCK_J"]
+    grid = (num_row_blocks, triton.cdiv(num_columns, part_columns))
+    found = Launch.empty(num_queries, grid[1], capacity, rows.dtype, rows.device)
+    # Stands for what the kernel does not read.
+    nothing = own_Q
+    sweep_kernel[grid](
+        *queries,
+        *base,
+        rows,
+        torch.tensor(ceilings, dtype=rows.dtype, device=rows.device),
+        own_Q,
+        *(nothing if group is None else group for group in (*query_groups, *base_groups)),
+        nothing if valid_N is None else valid_N.to(torch.int8),
+        *found.tensors(),
+        num_queries,
+        num_columns,
+        part_columns,
+        *dims,
+        capacity,
+        **settings,
+    )
+    return found
+
+
+def sweep_settings(chip: str, dtype: torch.dtype, image_dim: int, text_dim: int, **flags: bool) -> dict[str, Any]:
+    """Constexprs and options of `sweep_kernel`."""
+    # Exclusions need registers, so their tiles are smaller.
+    name = "topk_sweep_excluding" if any(flags[flag] for flag in FLAGS[:-1]) else "topk_sweep"
+    blocks = blocks_for(name, chip, dtype, max(image_dim, text_dim))
+    settings = tile_settings(name, chip, dtype, max(image_dim, text_dim))
+    del settings["EVEN"]
+    even = {"IMAGE_EVEN": image_dim % blocks.depth == 0, "TEXT_EVEN": text_dim % blocks.depth == 0}
+    return {**flags, **even, **settings, "num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+
+
+def specialisations(chip: str, dtype: torch.dtype, dim: int) -> list[Specialisation]:
+    """What a search compiles for towers of this width: with nothing but the query itself excluded, and with
+    everything."""
+    rows, total = (f"*{TRITON_DTYPES[kind]}" for kind in (dtype, accumulation_dtype(dtype)))
+    names = sweep_kernel.arg_names
+    pointers = dict.fromkeys((name for name in names if name.endswith("_ptr")), "*i32")
+    pointers |= dict.fromkeys(names[:4], rows) | {"row_ptr": total, "ceilings_ptr": total, "upper_ptr": total}
+    found = []
+    for everything in (False, True):
+        settings = sweep_settings(chip, dtype, dim, dim, **dict.fromkeys(FLAGS, everything))
+        numbers = ("num_queries", "num_columns", "part_columns", "image_dim", "text_dim", "capacity")
+        signature = pointers | {"valid_ptr": "*i8" if everything else "*i32"} | dict.fromkeys(numbers, "i32")
+        dims = ("image_dim", "text_dim") if dim % 16 == 0 else ()
+        found.append(
+            Specialisation(
+                kernel="topk_sweep",
+                function=sweep_kernel,
+                signature=signature,
+                constexprs={name: value for name, value in settings.items() if name in names},
+                aligned=aligned_arguments(signature, dim=1) + dims,
+                num_warps=settings["num_warps"],
+                num_stages=settings["num_stages"],
+            )
+        )
+    return found
