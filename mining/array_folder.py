@@ -291,7 +291,7 @@ def write_block(path: Path, start: int, block: np.ndarray) -> None:
     offset, row_bytes = row_layout(path)
     with open(path, "r+b") as file:
         file.seek(offset + start * row_bytes)
-        file.write(block.tobytes())
+        file.write(block.data)
         file.flush()
         os.fsync(file.fileno())
 
