@@ -1,9 +1,6 @@
 """One data set ingested by several programs: the merged store has the bytes of a single ingest, whatever goes wrong on the way."""
 
 import shutil
-import signal
-import subprocess
-import sys
 
 import pytest
 
@@ -14,7 +11,6 @@ from tests.tar_shards import (
     merge,
     samples,
     store_bytes,
-    wait_until,
     write_shards,
     write_tar,
 )
@@ -240,27 +236,6 @@ def test_merge_that_dies_between_two_fragments_numbers_the_rest(reference, parts
         merge(parts)
     monkeypatch.undo()
     assert whole_store(merge(parts).path) == whole_store(reference)
-
-
-@pytest.mark.slow
-def test_killed_part_goes_on_and_the_merge_gives_the_same_store(shards, reference, tmp_path):
-    """SIGKILL of part 0 while its last shard waits behind a gate, with part 1 done in between."""
-    gate, out = tmp_path / "gate", tmp_path / "store"
-    gate.touch()
-    waiting = f"pipe:while [ -e {gate} ]; do sleep 0.1; done; cat {shards}/00004.tar"
-    patterns = [str(shards / "0000{0,1,2,3}.tar"), waiting]
-    command = [sys.executable, "-m", "train.ingest", "--shards", *patterns, "--out", str(out), "--part", "0/2"]
-    process = subprocess.Popen([*command, "--workers", "2"], stderr=subprocess.DEVNULL)
-    wait_until(lambda: all((out / f"shards/{number:05d}").is_dir() for number in (0, 2)), 120)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    finished = {path: path.stat().st_ino for path in out.rglob("*.mds") if path.parent.name.isdigit()}
-    assert len(finished) == 2
-    ingest_part(patterns, out, "1/2")
-    gate.unlink()
-    ingest_part(patterns, out, "0/2")
-    assert {path: path.stat().st_ino for path in finished} == finished
-    assert store_bytes(merge(out).path) == store_bytes(reference)
 
 
 @pytest.mark.parametrize(

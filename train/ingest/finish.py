@@ -8,7 +8,7 @@ repeated, so a kill in the middle only means to run it again.
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,6 +31,10 @@ from train.ingest.plan import Plan
 from train.ingest.source_table import add_up
 from train.ingest.worker import LEDGER_SCHEMA, REJECTED_SCHEMA, ROWS_NAME, fragment_folder
 
+# Of ledger and rejected.parquet: about 10 MiB in memory.
+ROWS_PER_GROUP = 65_536
+# How many tables are gathered before they become one.
+MAX_TABLES = 64
 CHECKSUM_TYPE = np.dtype("<u4")
 
 
@@ -98,30 +102,62 @@ def check_any_kept(out: Path, num_shards: int, num_pairs: int, rejected: Mapping
     )
 
 
+class GroupedWriter:
+    """A parquet file of row groups of one size, whatever the tables that come in: each group costs memory until the end."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._writer = pq.ParquetWriter(path, schema, compression="zstd")
+        self._tables: list[pa.Table] = []
+        self._num_rows = 0
+
+    def write(self, table: pa.Table) -> None:
+        self._tables.append(table)
+        self._num_rows += table.num_rows
+        if self._num_rows < ROWS_PER_GROUP and len(self._tables) < MAX_TABLES:
+            return
+        # A small table takes ten times what is in it.
+        rows = pa.concat_tables(self._tables).combine_chunks()
+        whole = self._num_rows - self._num_rows % ROWS_PER_GROUP
+        if whole:
+            self._writer.write_table(rows.slice(0, whole), row_group_size=ROWS_PER_GROUP)
+            # A copy: a slice would keep all rows in memory.
+            rows = rows.take(pa.array(np.arange(whole, self._num_rows)))
+        self._tables = [rows]
+        self._num_rows -= whole
+
+    def __enter__(self) -> "GroupedWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._num_rows:
+            self._writer.write_table(pa.concat_tables(self._tables), row_group_size=ROWS_PER_GROUP)
+        self._writer.close()
+
+
 def write_ledger(out: Path, plan: Plan, num_pairs: int) -> None:
-    """Ledger and checksums, one row group of one fragment in memory at a time."""
+    """Ledger and checksums, one row group in memory at a time."""
     header = {"descr": CHECKSUM_TYPE.str, "fortran_order": False, "shape": (num_pairs,)}
-    with (
-        open(out / CHECKSUMS_NAME, "wb") as checksums,
-        pq.ParquetWriter(out / LEDGER_NAME, LEDGER_SCHEMA, compression="zstd") as ledger,
-    ):
+    with open(out / CHECKSUMS_NAME, "wb") as checksums, GroupedWriter(out / LEDGER_NAME, LEDGER_SCHEMA) as ledger:
         np.lib.format.write_array_header_1_0(checksums, header)
         for folder, _, first_id in each_fragment(out, plan):
-            with pq.ParquetFile(folder / ROWS_NAME) as rows:
-                for group in range(rows.num_row_groups):
-                    table = rows.read_row_group(group)
-                    checksums.write(table["checksum"].to_numpy().astype(CHECKSUM_TYPE).tobytes())
-                    pair_ids = pa.array(np.arange(first_id, first_id + table.num_rows, dtype=np.int64))
-                    ledger.write_table(table.drop_columns("checksum").add_column(0, "pair_id", pair_ids))
-                    first_id += table.num_rows
+            for rows in row_groups(folder / ROWS_NAME):
+                checksums.write(rows["checksum"].to_numpy().astype(CHECKSUM_TYPE).tobytes())
+                pair_ids = pa.array(np.arange(first_id, first_id + rows.num_rows, dtype=np.int64))
+                ledger.write(rows.drop_columns("checksum").add_column(0, "pair_id", pair_ids))
+                first_id += rows.num_rows
 
 
 def write_rejected(out: Path, plan: Plan) -> None:
-    with pq.ParquetWriter(out / REJECTED_NAME, REJECTED_SCHEMA, compression="zstd") as writer:
+    with GroupedWriter(out / REJECTED_NAME, REJECTED_SCHEMA) as writer:
         for folder, _, _ in each_fragment(out, plan):
-            with pq.ParquetFile(folder / REJECTED_NAME) as rejected:
-                for group in range(rejected.num_row_groups):
-                    writer.write_table(rejected.read_row_group(group))
+            for rows in row_groups(folder / REJECTED_NAME):
+                writer.write(rows)
+
+
+def row_groups(path: Path) -> Iterator[pa.Table]:
+    with pq.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group)
 
 
 def write_index(out: Path, plan: Plan) -> None:

@@ -49,15 +49,14 @@ def shrink(image: Image.Image, max_side: int, quality: int) -> Picture:
 
     Raises what Pillow raises for a damaged picture, CannotShrink when it is whole and cannot be written.
     """
-    # Both are gone once the image is loaded in another size or mode.
-    output_format, info = OUTPUT_FORMATS[image.format], dict(image.info)
-    orientation = read_orientation(image)
+    output_format = OUTPUT_FORMATS[image.format]
     width, height = shrunk_size(*image.size, max_side)
     image.draft(None, (DRAFT_GAP * width, DRAFT_GAP * height))
+    # Before anything else: reading a PNG's EXIF loads the picture, and a second load hides what was wrong at the first.
     image.load()
     try:
         smaller = filterable(image).resize((width, height), Image.Resampling.LANCZOS)
-        data = encode(smaller, output_format, quality, info.get("icc_profile"), orientation)
+        data = encode(smaller, output_format, quality, image.info.get("icc_profile"), read_orientation(image))
     except (OSError, ValueError, KeyError) as error:
         raise CannotShrink(f"{output_format} of mode {image.mode}: {error}") from error
     return Picture(data, width, height)
