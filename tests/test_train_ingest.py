@@ -19,6 +19,8 @@ from tests.tar_shards import (
     fails_with,
     image_bytes,
     ingest,
+    ingest_part,
+    merge,
     rejected,
     sample,
     samples,
@@ -100,6 +102,44 @@ def test_helip_defect_04_every_shard_of_a_closed_range_is_there(tmp_path):
         write_tar(tmp_path / f"{shard:05d}.tar", samples([f"{shard:05d}0000"]))
     store = ingest(tmp_path / "{00000..00011}.tar", tmp_path / "store", "--workers", "2")
     assert store.ledger["shard"].to_pylist() == [f"{shard:05d}.tar" for shard in range(12)]
+
+
+def test_helip_defect_05_a_bad_picture_leaves_a_gap_and_never_another_pair(tmp_path):
+    images = {f"{number:03d}": image_bytes(number) for number in range(40)}
+    members = []
+    for number, (key, image) in enumerate(images.items()):
+        members += sample(key, f"caption {key}", image[: len(image) // 2] if number % 3 == 0 else image)
+    store = ingest(write_tar(tmp_path / "0.tar", members), tmp_path / "store")
+    expected = [key for number, key in enumerate(images) if number % 3]
+    assert [(pair.key, pair.caption, pair.image) for pair in store] == [
+        (key, f"caption {key}", images[key]) for key in expected
+    ]
+    assert [row[1] for row in rejected(store.path)] == [key for number, key in enumerate(images) if number % 3 == 0]
+
+
+@pytest.mark.parametrize("shape", ["one ingest", "parts"])
+def test_helip_defect_09_fewer_pairs_than_workers_and_parts(tmp_path, shape):
+    write_tar(tmp_path / "0.tar", samples(["only"]))
+    if shape == "one ingest":
+        store = ingest(tmp_path / "0.tar", tmp_path / "store", "--workers", "8")
+    else:
+        for index in range(3):
+            ingest_part(tmp_path / "0.tar", tmp_path / "store", f"{index}/3", "--workers", "8")
+        store = merge(tmp_path / "store")
+    assert [(pair.pair_id, pair.key) for pair in store] == [(0, "only")]
+
+
+def test_helip_defect_12_every_documented_file_exists_after_an_ingest(reference):
+    """Names as the format's description lists them, and nothing beside them."""
+    import train.data.pair_store as pair_store
+
+    listed = pair_store.__doc__.split("A folder:\n")[1].split("\n\n")[0].splitlines()
+    documented = {line.split()[0] for line in listed if not line.startswith(" " * 8)}
+    assert len(documented) == 7
+    found = {path.relative_to(reference) for path in reference.rglob("*") if path.is_file()}
+    matched = {name: [path for path in found if path.match(name)] for name in documented}
+    assert all(matched.values()), matched
+    assert sorted(path for paths in matched.values() for path in paths) == sorted(found)
 
 
 def test_helip_defect_11_bad_samples_are_skipped_counted_and_named(tmp_path, capsys):

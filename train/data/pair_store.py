@@ -5,8 +5,9 @@ with however many workers it is ingested.
 
 A folder:
     index.json         MDS index over every shard file; sample i of the whole is pair_id i. Streaming reads it as it is.
-    shards/*/*.mds     columns caption (str), image (bytes as found), key (str), pair_id (int)
-    ledger.parquet     row i = pair_id i: pair_id, key, shard, image_sha256, caption_hash, width, height
+    shards/*/*.mds     columns caption (str), image (bytes as found, or smaller by --reencode), key (str), pair_id (int)
+    ledger.parquet     row i = pair_id i: pair_id, key, shard, image_sha256 (of the bytes as found), caption_hash,
+                       width, height (as stored)
     rejected.parquet   shard, key, reason of everything that was left out
     checksums.npy      uint32 [N], CRC-32 of each sample as stored (without its pair_id): finds a damaged shard on read
     ingest.json        what the store was made from (train.ingest.plan)
@@ -134,7 +135,7 @@ class PairStore:
 
     @property
     def image_group_N(self) -> np.ndarray:
-        """int32 [N], dense from 0: equal numbers mean that the image files have the same bytes."""
+        """int32 [N], dense from 0: equal numbers mean that the image files, as found, have the same bytes."""
         return self._load("image_group_N", lambda: self._groups("image_sha256"))
 
     @property
