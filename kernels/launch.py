@@ -192,7 +192,7 @@ BLOCKS: dict[tuple[str, str], dict[str, tuple[tuple[int, Blocks], ...]]] = {
         "fp32": ((ANY, Blocks(64, 64, 32, num_warps=8, num_stages=3)),),
     },
     ("topk_sweep", "sm_90"): {
-        "16bit": ((ANY, Blocks(128, 128, 64, num_warps=8, num_stages=3)),),
+        "16bit": ((ANY, Blocks(128, 128, 32, num_warps=8, num_stages=3)),),
         "fp32": ((ANY, Blocks(64, 64, 32, num_warps=8, num_stages=3)),),
     },
     ("topk_sweep", "sm_100"): {
@@ -205,14 +205,14 @@ BLOCKS: dict[tuple[str, str], dict[str, tuple[tuple[int, Blocks], ...]]] = {
     },
     ("topk_sweep_excluding", "sm_80"): {
         "16bit": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=3)),),
-        "fp32": ((ANY, Blocks(64, 64, 32, num_warps=8, num_stages=3)),),
+        "fp32": ((ANY, Blocks(64, 64, 16, num_warps=8, num_stages=3)),),
     },
     ("topk_sweep_excluding", "sm_90"): {
         "16bit": ((ANY, Blocks(128, 64, 64, num_warps=8, num_stages=3)),),
         "fp32": ((ANY, Blocks(64, 64, 32, num_warps=8, num_stages=3)),),
     },
     ("topk_sweep_excluding", "sm_100"): {
-        "16bit": ((ANY, Blocks(128, 64, 64, num_warps=8, num_stages=3)),),
+        "16bit": ((ANY, Blocks(64, 64, 64, num_warps=8, num_stages=3)),),
         "fp32": ((ANY, Blocks(64, 64, 32, num_warps=8, num_stages=3)),),
     },
     ("topk_sweep_excluding", "gfx942"): {
