@@ -74,11 +74,12 @@ def test_a_rehearsal_passes_and_writes_its_results(tmp_path, capsys):
     assert "6 passed, 0 failed, 4 skipped" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @interpreted
 def test_the_kernels_pass_the_checks_under_the_interpreter():
     arguments = ["--device", "cpu", "--backend", "triton", "--small", "--checks-only"]
-    assert gpu.main([*arguments, "--only", "float16, B = 63"]) == 0
-    assert gpu.main([*arguments, "--only", "lattice"]) == 0
+    for checks_named in ("float16, B = 63", "lattice", "product_topk, float16, N = 257"):
+        assert gpu.main([*arguments, "--only", checks_named]) == 0
 
 
 def test_triton_on_the_cpu_is_refused_without_the_interpreter():
