@@ -47,6 +47,8 @@ class BackendChoice:
             )
         if self.nlist < 0 or self.nprobe < 1:
             raise ValueError(f"nlist={self.nlist} must be at least 0 (0: by N) and nprobe={self.nprobe} at least 1")
+        if self.helip_subset < 1:
+            raise ValueError(f"helip_subset={self.helip_subset}, but a subset holds at least 1 pair")
         if self.backend == "reference" and self.device == "cuda":
             raise ValueError("backend='reference' runs on the CPU alone; use backend='fused' with device='cuda'")
 

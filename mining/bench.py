@@ -86,8 +86,11 @@ def main(arguments: Sequence[str]) -> None:
     report = {
         "machine": machine(device),
         "threads": torch.get_num_threads(),
-        "command": " ".join([PROGRAM, *arguments]),
-        **{name: getattr(config, name) for name in ("pairs", "dim", "k")},
+        **{
+            name: value
+            for name, value in dataclasses.asdict(config).items()
+            if name not in ("folder", "out", "threads")
+        },
         **result,
     }
     print(json.dumps(result, indent=1))

@@ -28,8 +28,6 @@ class HelipSearch:
     queries_together = 1024
 
     def __init__(self, problem: SearchProblem, *, subset: int, seed: int, device: torch.device):
-        if subset < 1:
-            raise ValueError(f"helip_subset={subset}, but a subset holds at least 1 pair")
         self.problem, self.subset, self.seed, self.device = problem, subset, seed, device
         self._drawn: tuple[int, np.ndarray] | None = None
 

@@ -36,7 +36,7 @@ LONGEST_ROW = 1.006
 
 @dataclass(frozen=True)
 class Lists:
-    """sums_QM float32 weighted sums in descending order, -inf where a list is short; ids_QM int64, -1 there; rest_Q
+    """sums_QM float32 weighted sums in descending order, below all sums where a list is short; ids_QM int64, -1 there; rest_Q
     float64, no score of a pair in the parts of the base that were not looked at is above it."""
 
     sums_QM: np.ndarray

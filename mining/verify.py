@@ -98,7 +98,7 @@ def verify_table(
         )
     num_pairs = len(store)
     rows_R = np.sort(np.random.default_rng(seed).choice(num_pairs, min(sample, num_pairs), replace=False))
-    tail_N = alignment_tail(store, table.manifest["parameters"]["noise_alignment_quantile"])
+    tail_N = alignment_tail(store, table.manifest["parameters"].get("noise_alignment_quantile", 0.0))
     checker = Checker(table, store, device or torch.device("cpu"))
     report = VerifyReport()
     with tqdm(total=len(rows_R), desc="verify", unit="row", disable=not show_progress) as progress:
@@ -115,8 +115,8 @@ class Checker:
     def __init__(self, table: PairTable, store: EmbeddingStore, device: torch.device):
         self.table, self.store, self.device = table, store, device
         parameters = table.manifest["parameters"]
-        self.ceilings = (parameters["image_ceiling"], parameters["text_ceiling"])
-        self.floor = parameters["floor"]
+        self.ceilings = (parameters.get("image_ceiling", 1.0), parameters.get("text_ceiling", 1.0))
+        self.floor = parameters.get("floor", 0.0)
         self.towers = (store.image_ND, store.text_ND)
         self.groups = [
             None if group is None else torch.from_numpy(np.array(group))

@@ -65,6 +65,37 @@ def test_faiss_backend_is_reached_by_its_flag(tmp_path, capsys):
     assert PairTable.open(tmp_path / "p").manifest["facts"]["backend"] == "faiss"
 
 
+def test_queries_are_searched_piece_by_piece(tmp_path, capsys):
+    random_store(tmp_path / "e", 60)
+    arguments = ("search", "--embeddings", tmp_path / "e", "--out", tmp_path / "p", "--k", 4)
+    code, out, _ = call(capsys, *arguments, "--queries", "0:50")
+    assert code == 0
+    assert "pairs 0:50 are searched" in out
+    assert not (tmp_path / "p").exists()
+    code, out, _ = call(capsys, *arguments, "--queries", "50:60", "--no-check-embeddings")
+    assert code == 0
+    assert "60 (k = 4)" in out
+
+
+def test_measured_recall_of_an_inverted_index_is_printed_with_its_interval(tmp_path, capsys):
+    random_store(tmp_path / "e", 300)
+    flags = ("--k", 5, "--backend", "faiss", "--index", "ivf", "--nlist", 8, "--nprobe", 2, "--recall-sample", 100)
+    code, out, _ = call(capsys, "search", "--embeddings", tmp_path / "e", "--out", tmp_path / "p", *flags)
+    assert code == 0
+    recall = PairTable.open(tmp_path / "p").manifest["facts"]["recall"]
+    assert f"recall           {recall['recall']:.4f} of the exact hard pairs are listed (95 % Wilson interval 0." in out
+    assert "100 rows drawn at random" in out
+
+
+def test_rank_without_a_world_is_one_line(tmp_path, capsys, monkeypatch):
+    random_store(tmp_path / "e", 12)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    code, _, err = call(capsys, "search", "--embeddings", tmp_path / "e", "--out", tmp_path / "p")
+    assert code == 2
+    assert "WORLD_SIZE=4 is set in the environment without its companion" in err
+    assert err.count("\n") == 1
+
+
 def test_help_lists_commands_and_flags(capsys):
     for arguments in ((), ("--help",)):
         code, out, _ = call(capsys, *arguments)
@@ -94,6 +125,17 @@ def test_help_lists_commands_and_flags(capsys):
         (("search", "--embeddings", "{none}", "--out", "{p}"), "is not a folder, an EmbeddingStore was expected there"),
         (("search", "--embeddings", "{e}", "--out", "{e}"), "something other than a PairTable"),
         (("search", "--embeddings", "{torn}", "--out", "{p}"), "text.npy does not have the bytes"),
+        (("search", "--embeddings", "{e}", "--out", "{p}", "--queries", "3"), "must be two whole numbers START:STOP"),
+        (("search", "--embeddings", "{e}", "--out", "{p}", "--queries", "3:99"), "queries=3:99 must be a range"),
+        (("search", "--embeddings", "{e}", "--out", "{p}", "--index", "ivf"), "backend='fused' is always exact"),
+        (("search", "--embeddings", "{e}", "--out", "{p}", "--helip-compat", "--helip-subset", "0"), "helip_subset=0"),
+        (
+            ("search", "--embeddings", "{e}", "--out", "{p}", "--backend", "faiss", "--device", "cuda"),
+            "sees no GPU here; use --device cpu",
+        ),
+        (("search", "--embeddings", "{cut}", "--out", "{p}"), "image.npy is damaged or cut short"),
+        (("verify", "--pairs", "{cut_pairs}", "--embeddings", "{e}"), "pair_ids.npy is damaged or cut short"),
+        (("verify", "--pairs", "{written}", "--embeddings", "{e}"), "was made from embeddings of fingerprint"),
         (("search", "--embeddings", "{e}"), "Missing from python -m mining.main search: --out"),
         (("inspect", "--pairs", "{e}"), "holds a 'EmbeddingStore', a PairTable was expected"),
         (("inspect", "--pairs", "{written}"), "summary.json is missing"),
@@ -107,7 +149,11 @@ def test_mistakes_are_one_line_and_exit_code_two(tmp_path, capsys, arguments, me
         file.seek(-1, os.SEEK_END)
         file.write(b"\x01")
     PairTable.write(tmp_path / "written", np.array([[1], [0]]), np.ones((2, 1)), np.ones((2, 1)))
-    places = {name: str(tmp_path / name) for name in ("e", "p", "none", "torn", "written")}
+    cut = EmbeddingStore.write(tmp_path / "cut", random_rows(3, 4, 0), random_rows(3, 4, 0)).path / "image.npy"
+    os.truncate(cut, cut.stat().st_size - 5)
+    cut = PairTable.write(tmp_path / "cut_pairs", np.array([[1], [0]]), np.ones((2, 1)), np.ones((2, 1))).path
+    os.truncate(cut / "pair_ids.npy", 130)
+    places = {name: str(tmp_path / name) for name in ("e", "p", "none", "torn", "written", "cut", "cut_pairs")}
     code, _, err = call(capsys, *(argument.format(**places) for argument in arguments))
     assert code == 2
     assert err.startswith("error: ")

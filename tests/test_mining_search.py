@@ -241,6 +241,19 @@ def test_queries_in_pieces_complete_the_table_with_the_bytes_of_one_search(tmp_p
     assert PairTable.open(tmp_path / "whole").fingerprint == tables[2].fingerprint
 
 
+def test_blocks_of_other_embeddings_or_parameters_are_never_mixed_in(tmp_path):
+    first, second = (random_store(tmp_path / f"store-{seed}", 60, seed=seed) for seed in (0, 1))
+    search_pairs(second, tmp_path / "whole", SearchLimits(k=4))
+    search_pairs(first, tmp_path / "pairs", SearchLimits(k=4), queries=range(0, 30))
+    search_pairs(second, tmp_path / "pairs", SearchLimits(k=4, floor=0.1), queries=range(0, 30))
+    assert search_pairs(second, tmp_path / "pairs", SearchLimits(k=4), queries=range(30, 60)) is None
+    search_pairs(second, tmp_path / "pairs", SearchLimits(k=4))
+    assert array_bytes(tmp_path / "pairs") == array_bytes(tmp_path / "whole")
+    # A finished table of other embeddings is replaced, not kept.
+    search_pairs(first, tmp_path / "pairs", SearchLimits(k=4))
+    assert PairTable.open(tmp_path / "pairs").manifest["embeddings_fingerprint"] == first.fingerprint
+
+
 def test_every_exact_backend_writes_the_same_bytes_and_fingerprint(tmp_path):
     store = random_store(tmp_path / "store", 150)
     limits = SearchLimits(k=6, image_ceiling=0.5, floor=0.01)
