@@ -41,7 +41,8 @@ OUT/rejected.parquet with the reason. Killed or interrupted? Run the same comman
 
   python -m train.ingest --shards 'cc12m/{00000..01242}.tar' --out data/cc12m --workers 16
 
-What would be kept, and how large would it be?  Add --dry-run.
+What would be kept, and how large would it be? Add --dry-run.
+
 On 8 nodes, all into the same --out, for example as a Slurm array 0-7:
   python -m train.ingest --shards 'cc12m/{00000..01242}.tar' --out data/cc12m --part $SLURM_ARRAY_TASK_ID/8
   python -m train.ingest --out data/cc12m --merge          (once, when all parts are done)"""

@@ -51,7 +51,8 @@ class IngestConfig:
     nothing. Takes about as long as the ingest."""
 
     part: str | None = None
-    """i/n: do only part i of n (0/n to n-1/n), for n programs at once into the same --out. Then --merge."""
+    """i/n: do only part i of n (0/n to n-1/n), for n programs at once into the same --out, or into folders of their own
+    that are copied into one afterwards (rsync -a). Then --merge."""
 
     merge: bool = False
     """Make the store of all parts; the same bytes as one ingest of everything. Shards and flags are those of the parts."""

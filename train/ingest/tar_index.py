@@ -1,6 +1,6 @@
 """Where the members of a tar lie, grouped by key, so that its samples can be read in any order without holding them.
 
-In: a seekable tar. Out: a `TarIndex` of offsets, about 100 bytes a member whatever the images weigh.
+In: a seekable tar. Out: a `TarIndex` of offsets, about 1 KiB a key whatever the images weigh.
 """
 
 import os
