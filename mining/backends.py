@@ -22,9 +22,8 @@ CLUSTERS_FOLDER = "clusters"
 class BackendChoice:
     """Backend and its settings; `index` to `seed` matter to faiss alone, `helip_subset` to the released ranking.
 
-    exact: search rows that no candidate list certifies exactly; None is True for a flat index, False for an inverted
-    one. nlist 0 is chosen by N. Raises ValueError naming a setting that does not exist, is out of range, or that the
-    backend has no use for.
+    exact: search rows exactly that no candidate list certifies; else they stay uncertified. nlist 0 is chosen by N.
+    Raises ValueError naming a setting that does not exist, is out of range, or that the backend has no use for.
     """
 
     backend: str = "fused"
@@ -32,7 +31,7 @@ class BackendChoice:
     index: Literal["flat", "ivf"] = "flat"
     nlist: int = 0
     nprobe: int = 64
-    exact: bool | None = None
+    exact: bool = False
     seed: int = 0
     helip_compat: bool = False
     helip_subset: int = 3_000_000
@@ -41,9 +40,9 @@ class BackendChoice:
         for name, allowed in (("backend", BACKENDS), ("device", DEVICES), ("index", ("flat", "ivf"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {', '.join(allowed)}")
-        if self.backend != "faiss" and (self.index != "flat" or self.exact is False):
+        if self.backend != "faiss" and self.index != "flat":
             raise ValueError(
-                f"backend={self.backend!r} is always exact: index and exact belong to backend='faiss', leave them out"
+                f"backend={self.backend!r} searches without an index: index={self.index!r} needs backend='faiss'"
             )
         if self.nlist < 0 or self.nprobe < 1:
             raise ValueError(f"nlist={self.nlist} must be at least 0 (0: by N) and nprobe={self.nprobe} at least 1")
@@ -55,9 +54,7 @@ class BackendChoice:
     @property
     def searches_exactly(self) -> bool:
         """Every row is what the definition says, whichever backend finds it."""
-        if self.helip_compat:
-            return False
-        return self.backend != "faiss" or (self.index == "flat" if self.exact is None else self.exact)
+        return not self.helip_compat and (self.backend != "faiss" or self.exact)
 
     def parameters(self) -> dict[str, Any]:
         """What a table's content depends on: nothing of this when it is exact."""

@@ -92,7 +92,7 @@ def test_faiss_writes_the_bytes_of_the_reference(tmp_path):
     store = random_store(tmp_path / "store", 200)
     limits = SearchLimits(k=5, image_ceiling=0.5)
     search_pairs(store, tmp_path / "reference", limits)
-    search_pairs(store, tmp_path / "faiss", limits, choice=BackendChoice(backend="faiss"), block=64)
+    search_pairs(store, tmp_path / "faiss", limits, choice=BackendChoice(backend="faiss", exact=True), block=64)
     assert array_bytes(tmp_path / "reference") == array_bytes(tmp_path / "faiss")
 
 
@@ -269,8 +269,8 @@ def test_gpu_that_is_not_there_is_an_error_for_the_fused_search_too(tmp_path):
     [
         ({"backend": "fussed"}, "backend='fussed' is not known; choose one of fused, reference, faiss"),
         ({"device": "gpu"}, "device='gpu' is not known"),
-        ({"index": "ivf"}, "backend='fused' is always exact: index and exact belong to backend='faiss'"),
-        ({"exact": False}, "backend='fused' is always exact"),
+        ({"index": "ivf"}, "backend='fused' searches without an index: index='ivf' needs backend='faiss'"),
+        ({"helip_subset": 0}, "helip_subset=0, but a subset holds at least 1 pair"),
         ({"backend": "faiss", "index": "ivf", "nprobe": 0}, "nprobe=0 at least 1"),
         ({"backend": "reference", "device": "cuda"}, "backend='reference' runs on the CPU alone"),
     ],

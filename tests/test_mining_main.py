@@ -60,8 +60,13 @@ def test_search_again_says_that_it_is_complete(tmp_path, capsys):
 
 def test_faiss_backend_is_reached_by_its_flag(tmp_path, capsys):
     random_store(tmp_path / "e", 60)
-    code, _, _ = call(capsys, "search", "--embeddings", tmp_path / "e", "--out", tmp_path / "p", "--backend", "faiss")
+    arguments = ("search", "--embeddings", tmp_path / "e", "--out", tmp_path / "p", "--backend", "faiss")
+    code, out, _ = call(capsys, *arguments)
     assert code == 0
+    # Not proven beforehand, so measured.
+    assert "of the exact hard pairs are listed" in out
+    assert call(capsys, *arguments, "--exact")[0] == 0
+    assert PairTable.open(tmp_path / "p").certified_N.all()
     assert PairTable.open(tmp_path / "p").manifest["facts"]["backend"] == "faiss"
 
 
@@ -127,7 +132,10 @@ def test_help_lists_commands_and_flags(capsys):
         (("search", "--embeddings", "{torn}", "--out", "{p}"), "text.npy does not have the bytes"),
         (("search", "--embeddings", "{e}", "--out", "{p}", "--queries", "3"), "must be two whole numbers START:STOP"),
         (("search", "--embeddings", "{e}", "--out", "{p}", "--queries", "3:99"), "queries=3:99 must be a range"),
-        (("search", "--embeddings", "{e}", "--out", "{p}", "--index", "ivf"), "backend='fused' is always exact"),
+        (
+            ("search", "--embeddings", "{e}", "--out", "{p}", "--index", "ivf"),
+            "backend='fused' searches without an index",
+        ),
         (("search", "--embeddings", "{e}", "--out", "{p}", "--helip-compat", "--helip-subset", "0"), "helip_subset=0"),
         (
             ("search", "--embeddings", "{e}", "--out", "{p}", "--backend", "faiss", "--device", "cuda"),

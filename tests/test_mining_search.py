@@ -257,7 +257,7 @@ def test_blocks_of_other_embeddings_or_parameters_are_never_mixed_in(tmp_path):
 def test_every_exact_backend_writes_the_same_bytes_and_fingerprint(tmp_path):
     store = random_store(tmp_path / "store", 150)
     limits = SearchLimits(k=6, image_ceiling=0.5, floor=0.01)
-    choices = [BackendChoice(backend=name) for name in ("fused", "reference", "faiss")]
+    choices = [BackendChoice(backend=name, exact=True) for name in ("fused", "reference", "faiss")]
     choices.append(BackendChoice(backend="faiss", index="ivf", nlist=8, nprobe=2, exact=True))
     tables = [
         search_pairs(store, tmp_path / f"table-{number}", limits, choice=choice, block=40)
