@@ -197,14 +197,20 @@ class ArrayFolderWriter:
             fingerprint=content_fingerprint,
             facts=dict(facts or {}),
         )
-        for folder in ("blocks", *scratch):
-            shutil.rmtree(self.partial / folder, ignore_errors=True)
+        self._remove_scratch(self.partial, scratch)
         for leftover in self.partial.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
         commit_folder(self.partial, self.path)
+        # Another process may have committed a block once more in the meantime; now it finds the folder no longer.
+        self._remove_scratch(self.path, scratch)
         # Blocks of an abandoned run with other parameters would stay for ever.
         for stale in self.path.parent.glob(f".{self.path.name}.partial-*"):
             shutil.rmtree(stale, ignore_errors=True)
+
+    @staticmethod
+    def _remove_scratch(folder: Path, scratch: Sequence[str]) -> None:
+        for name in ("blocks", *scratch):
+            shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def open_arrays(

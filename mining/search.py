@@ -61,6 +61,9 @@ class Job:
     def finished(self) -> PairTable | None:
         return finished_table(self.out, self.store, self.parameters)
 
+    def is_being_finished(self) -> bool:
+        return any(self.out.parent.glob(f".{self.out.name}.partial-*/{MANIFEST_NAME}"))
+
     def finish(self, writer: ArrayFolderWriter, timing: dict[str, Any]) -> PairTable:
         """Summary, measured recall, manifest, rename; one process does it."""
         tables = {name: writer.read_rows(name) for name in writer.specs}
@@ -121,13 +124,29 @@ def search_pairs(
         if show_progress:
             print(f"{out} is complete already, made from the same embeddings and parameters", file=sys.stderr)
         return finished
-    try:
-        return run_job(job, queries, block, resume, show_progress, place, patience_s)
-    except FileNotFoundError:
-        # Another process renamed the folder while this one worked in it: then the table is there.
-        if (finished := job.finished()) is None:
-            raise
-        return finished
+    while True:
+        try:
+            return run_job(job, queries, block, resume, show_progress, place, patience_s)
+        except FileNotFoundError:
+            # Another process cleared or renamed the folder while this one worked in it: then the table is about to be there.
+            if finished := wait_for_table(job, patience_s):
+                return finished
+            if not job.is_being_finished():
+                raise
+            # It died over it; its folder lacks nothing but the last steps.
+
+
+def wait_for_table(job: Job, patience_s: float) -> PairTable | None:
+    """The table, as soon as the process that finishes it is done; None when there is none, or it takes too long."""
+    deadline_s = time.monotonic() + patience_s
+    while True:
+        # In this order: what is gone by now may have become the table.
+        is_being_finished = job.is_being_finished()
+        if finished := job.finished():
+            return finished
+        if not is_being_finished or time.monotonic() > deadline_s:
+            return None
+        time.sleep(POLL_S)
 
 
 def run_job(
@@ -228,10 +247,11 @@ class Share:
     def _search(self, start: int, stop: int) -> None:
         query_ids_Q = np.arange(start, stop)
         top = self.searcher.search(query_ids_Q)
+        if self.meeting.place.world_size > 1 and self.writer.refresh()[start:stop].all():
+            # Taken over by two ranks, and the other was faster.
+            return
         noise_Q = (top.ids_QK[:, 0] == NO_PAIR) | self.job.tail_N[query_ids_Q] | ~self.job.problem.valid_N[query_ids_Q]
         self.writer.write_rows(start, table_rows(top, noise_Q))
-        if self.meeting.place.world_size > 1:
-            self.writer.refresh()
         self._show()
 
     def _num_done(self) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import mining.array_folder
 import mining.search
 from mining import EmbeddingStore, PairTable
 from mining.problem import SearchLimits
@@ -115,6 +116,34 @@ def test_blocks_of_a_killed_rank_are_taken_over_by_the_others(folder, killed):
     assert_same_table(folder)
 
 
+def finish_slowly(store: Path, out: Path, place: RankPlace, dies: bool) -> None:
+    """A rank that takes its time, or ends, between clearing the folder and renaming it."""
+    commit = mining.array_folder.commit_folder
+
+    def slow_commit(temporary: Path, final: Path) -> None:
+        if dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(1.5)
+        commit(temporary, final)
+
+    mining.array_folder.commit_folder = slow_commit
+    search_slowly(store, out, place, 60.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [False, True])
+def test_rank_that_comes_while_another_finishes_waits_for_the_table_or_completes_it(folder, dies):
+    first = start(finish_slowly, folder / "store", folder / "pairs", RankPlace(0, 1), dies)
+    while not list(folder.glob(".pairs.partial-*/manifest.json")):
+        assert first.is_alive()
+        time.sleep(0.002)
+    late = start_rank(folder, RankPlace(1, 2), patience_s=3.0)
+    first.join()
+    late.join()
+    assert [first.exitcode, late.exitcode] == [-signal.SIGKILL if dies else 0, 0]
+    assert_same_table(folder)
+
+
 def count_and_kill(store: Path, out: Path, kill_at: int, calls_file: Path) -> None:
     """A search that ends by SIGKILL just before its kill_at-th call that changes a folder."""
     calls = 0
@@ -146,7 +175,7 @@ def test_search_killed_before_any_change_of_a_folder_finishes_with_the_same_byte
     num_calls = int((folder / "calls").read_text())
     assert num_calls > 20
     # The last steps are those that finish the table: each of them, and some of the earlier ones.
-    moments = [*range(1, num_calls - 12, 5), *range(num_calls - 12, num_calls + 1)]
+    moments = [*range(1, num_calls - 12, 7), *range(num_calls - 12, num_calls + 1)]
     for kill_at in moments:
         shutil.rmtree(folder / "pairs")
         assert run(kill_at) == -signal.SIGKILL
