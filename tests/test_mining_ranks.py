@@ -175,7 +175,7 @@ def test_search_killed_before_any_change_of_a_folder_finishes_with_the_same_byte
     num_calls = int((folder / "calls").read_text())
     assert num_calls > 20
     # The last steps are those that finish the table: each of them, and some of the earlier ones.
-    moments = [*range(1, num_calls - 12, 7), *range(num_calls - 12, num_calls + 1)]
+    moments = [num_calls // 4, num_calls // 2, *range(num_calls - 8, num_calls + 1)]
     for kill_at in moments:
         shutil.rmtree(folder / "pairs")
         assert run(kill_at) == -signal.SIGKILL
@@ -197,7 +197,7 @@ def test_deepspeed_and_torchrun_and_one_process_give_the_same_bytes(folder):
         return ["search", *map(str, arguments)]
 
     program(*deepspeed(2, "--module", "mining.main", *flags("deepspeed")))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3", "--master_port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     shown = program(*torchrun, "--module", "mining.main", *flags("torchrun"))
     # Rank 0 alone speaks.
     assert shown.stdout.count("pair table") == 1
@@ -206,9 +206,8 @@ def test_deepspeed_and_torchrun_and_one_process_give_the_same_bytes(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 2])
-def test_stray_rank_of_a_world_that_does_not_exist_names_the_missing_ranks_and_finishes(folder, rank):
-    environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "3"}
+def test_stray_rank_of_a_world_that_does_not_exist_names_the_missing_ranks_and_finishes(folder):
+    environment = {**os.environ, "RANK": "2", "WORLD_SIZE": "3"}
     arguments = ["--embeddings", folder / "store", "--out", folder / "pairs", "--k", "4", "--patience-s", "1"]
     done = subprocess.run(
         [sys.executable, "-m", "mining.main", "search", *map(str, arguments), "--block", "20"],
@@ -220,8 +219,7 @@ def test_stray_rank_of_a_world_that_does_not_exist_names_the_missing_ranks_and_f
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    missing = ", ".join(str(other) for other in range(3) if other != rank)
-    assert f"no sign of life from rank {missing} for 1 s" in done.stderr
+    assert "rank 2 of 3 has waited: no sign of life from rank 0, 1 for 1 s" in done.stderr
     assert_same_table(folder)
 
 
