@@ -120,7 +120,14 @@ def count_bytes_on_rank(rank: int, world_size: int, counts: list[int], dtype: to
 
     for name in ("all_gather_single", "all_reduce", "broadcast"):
         setattr(dist, name, counting(getattr(dist, name), 0))
-    for name in ("all_gather", "all_gather_into_tensor", "reduce_scatter", "reduce_scatter_tensor", "all_to_all_single", "send"):
+    for name in (
+        "all_gather",
+        "all_gather_into_tensor",
+        "reduce_scatter",
+        "reduce_scatter_tensor",
+        "all_to_all_single",
+        "send",
+    ):
         setattr(dist, name, None)
     image, text = own_rows(counts, rank, dtype)
     scale = torch.tensor(20.0, requires_grad=True)
