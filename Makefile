@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 POCKET ?= full
+# Test files that run at once; each test computes on one thread or starts processes of its own.
+TEST_WORKERS ?= 2
 
 .PHONY: install quickstart test lint bench gpu clean
 
@@ -22,7 +24,7 @@ else
 endif
 
 test: install
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

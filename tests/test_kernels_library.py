@@ -158,12 +158,14 @@ OPTIONS = [
 @pytest.mark.parametrize(("operations", "options"), OPTIONS)
 def test_torch_finds_nothing_wrong_with_the_operations(operations, options, dtype):
     arguments = operation_arguments(operations, options, dtype)
-    torch.library.opcheck(operations.forward, arguments)
+    verdicts = [torch.library.opcheck(operations.forward, arguments)]
     loss, _, *kept = operations.forward(*arguments)
     settings = arguments[2 + len(operations.loss.scalars) :]
     features = [rows.detach() for rows in arguments[:2]]
     for wanted in ((True, True, True), (False, True, False)):
-        torch.library.opcheck(operations.gradients, (torch.ones_like(loss), *features, *kept, *wanted, *settings))
+        inputs = (torch.ones_like(loss), *features, *kept, *wanted, *settings)
+        verdicts.append(torch.library.opcheck(operations.gradients, inputs))
+    assert {verdict for each in verdicts for verdict in each.values()} == {"SUCCESS"}
 
 
 class Multiplications(TorchDispatchMode):
