@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import tyro
 
 USER_ERROR_EXIT_CODE = 2
-# The launcher looks at its processes once a second.
-LAUNCHER_GRACE_S = 3.0
+# The launcher looks at its processes once a second; on a machine that is short of cores rank 0 comes seconds later.
+LAUNCHER_GRACE_S = 10.0
 
 Config = TypeVar("Config")
 
