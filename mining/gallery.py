@@ -86,13 +86,13 @@ class MdsPictures:
 
     def __getitem__(self, pair_id: int) -> Picture:
         # Importing Streaming takes seconds.
-        from streaming.base.format import reader_from_json
+        from mining.mds import streaming
 
         shard = int(np.searchsorted(self.first_ids, pair_id, side="right")) - 1
         info = self.shard_infos[shard]
         file = self.path / info["raw_data"]["basename"]
         try:
-            reader = reader_from_json(str(self.path), None, info)
+            reader = streaming.base.format.reader_from_json(str(self.path), None, info)
             sample = reader.decode_sample(reader.get_sample_data(pair_id - int(self.first_ids[shard])))
         except (OSError, ValueError, IndexError) as error:
             raise ValueError(f"{file} is missing or damaged at pair {pair_id} ({error}); {STORE_REMEDY}") from error

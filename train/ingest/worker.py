@@ -140,10 +140,10 @@ def ingest_shard(source: Source, folder: Path, parameters: Parameters, plan_dige
 
 def write_fragment(samples: Samples, shard: str, folder: Path, size_limit: int, plan_digest: str) -> None:
     # Imported here: it takes seconds, and only the workers need it.
-    from streaming import MDSWriter
+    from mining.mds import streaming
 
     with (
-        MDSWriter(columns=MDS_COLUMNS, out=str(folder), size_limit=size_limit) as writer,
+        streaming.MDSWriter(columns=MDS_COLUMNS, out=str(folder), size_limit=size_limit) as writer,
         Fragment(folder, shard) as fragment,
     ):
         for outcome in samples:
