@@ -119,12 +119,20 @@ def test_loss_and_gradients_equal_open_clip_on_one_process(backend):
         torch.testing.assert_close(value, wanted, rtol=1e-10, atol=1e-13)
 
 
-# Noise between partners that puts the loss at scale 100 and D = 512 near the level, by bisection.
+# Noise between partners that puts the loss at scale 100 near the level, by bisection, for each (B, D).
 NOISE_AT_LEVEL = {
-    (64, 2.0): 9.46, (64, 4e-2): 4.69, (64, 1e-3): 3.8, (64, 1e-6): 2.97,
-    (512, 2.0): 7.84, (512, 4e-2): 4.07, (512, 1e-3): 3.15, (512, 1e-6): 2.52,
-    (4096, 2.0): 5.92, (4096, 4e-2): 3.62, (4096, 1e-3): 2.93, (4096, 1e-6): 2.32,
-}  # fmt: skip
+    (64, 64): {2.0: 2.40, 4e-2: 1.54, 1e-3: 1.39, 1e-6: 1.23},
+    (64, 128): {2.0: 3.76, 4e-2: 2.23, 1e-3: 1.96, 1e-6: 1.68},
+    (64, 512): {2.0: 9.46, 4e-2: 4.69, 1e-3: 3.8, 1e-6: 2.97},
+    (512, 64): {2.0: 2.04, 4e-2: 1.35, 1e-3: 1.136, 1e-6: 0.972},
+    (512, 100): {2.0: 2.74, 4e-2: 1.70, 1e-3: 1.455, 1e-6: 1.248},
+    (512, 128): {2.0: 3.23, 4e-2: 2.02, 1e-3: 1.615, 1e-6: 1.418},
+    (512, 512): {2.0: 7.84, 4e-2: 4.07, 1e-3: 3.15, 1e-6: 2.52},
+    (4096, 64): {4e-2: 1.176},
+    (4096, 128): {2.0: 2.67, 1e-3: 1.496, 1e-6: 1.287},
+    (4096, 512): {1e-6: 2.32},
+}
+LEVELS = [(*shape, level) for shape, levels in NOISE_AT_LEVEL.items() for level in levels]
 
 
 def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
@@ -135,9 +143,10 @@ def leaves_in(dtype: torch.dtype, leaves: list[torch.Tensor]) -> list[torch.Tens
     return [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
 
 
-@pytest.mark.parametrize(("num_rows", "level"), NOISE_AT_LEVEL)
-def test_float32_is_accurate_at_every_loss_level(num_rows, level):
-    image, text = paired_features(num_rows, 512, noise=NOISE_AT_LEVEL[num_rows, level], dtype=torch.float32)
+@pytest.mark.parametrize(("num_rows", "dim", "level"), LEVELS)
+def test_float32_is_accurate_at_every_loss_level(num_rows, dim, level):
+    noise = NOISE_AT_LEVEL[num_rows, dim][level]
+    image, text = paired_features(num_rows, dim, noise=noise, dtype=torch.float32)
     leaves = [image, text, logit_scale(100.0, torch.float32)]
     loss, *gradients = gradients_of(leaves, backend="blockwise")
     expected_loss, *expected = gradients_of(leaves_in(torch.float64, leaves), backend="blockwise")
@@ -150,7 +159,7 @@ def test_float32_is_accurate_at_every_loss_level(num_rows, level):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("level", [2.0, 4e-2, 1e-3, 1e-6])
 def test_sixteen_bit_features_lose_nothing_but_their_own_rounding(dtype, level):
-    image, text = paired_features(512, 512, noise=NOISE_AT_LEVEL[512, level], dtype=dtype)
+    image, text = paired_features(512, 512, noise=NOISE_AT_LEVEL[512, 512][level], dtype=dtype)
     leaves = [image, text, logit_scale(100.0, torch.float32)]
     expected = gradients_of(leaves_in(torch.float64, leaves), backend="reference")
     direct = contrastive_gradients(*leaves, backend="blockwise")

@@ -145,9 +145,37 @@ def test_forward_sends_features_once_and_backward_sends_nothing(counts, dtype):
         assert sent["features"] == 2 * total * 10 * dtype.itemsize, "each row of each tower exactly once"
         # Of each rank: rows, D, dtype, scale, and the five settings that must agree.
         header, sums = 3 * 9 * 8, 4 * 8
-        thresholds, columns, rows = 2 * (total // 3) * 4, (total + total + 2 * (total // 3)) * 8, total * 2 * 8
+        thresholds, columns, rows = 2 * (total // 3) * 4, (total + total + 2 * (total // 3)) * 8, total * 4 * 8
         assert sent["forward"] == header + thresholds + columns + rows + sums
         assert sent["backward"] == 0
+
+
+def low_loss_towers() -> list[torch.Tensor]:
+    """Float32 rows of loss 6e-6 at scale 100: a few pairs carry it, and with it the gradients."""
+    generator = torch.Generator().manual_seed(3)
+    image = torch.randn(40, 64, generator=generator)
+    text = image + 1.4 * torch.randn(40, 64, generator=generator)
+    return [torch.nn.functional.normalize(rows, dim=1) for rows in (image, text)]
+
+
+def low_loss_on_rank(rank: int, world_size: int, counts: list[int]) -> list[torch.Tensor]:
+    own = [tower.split(counts)[rank] for tower in low_loss_towers()]
+    found = contrastive_gradients(*own, torch.tensor(100.0), process_group=dist.group.WORLD)
+    return [found.d_image_BD, found.d_text_BD, found.d_logit_scale[None], found.terms.loss[None]]
+
+
+@pytest.mark.slow
+def test_at_low_loss_float32_ranks_form_the_hardest_pairs_of_all_ranks_exactly():
+    ranks = run_on_ranks(low_loss_on_rank, 3, [11, 0, 29])
+    exact = [tower.double() for tower in low_loss_towers()]
+    expected = contrastive_gradients(*exact, torch.tensor(100.0).double(), backend="reference")
+    assert 3e-6 < expected.terms.loss.item() < 1e-5
+    gathered = [torch.cat(parts) for parts in zip(*ranks, strict=True)]
+    wanted = [3 * expected.d_image_BD, 3 * expected.d_text_BD]
+    values = [*gathered[:2], gathered[2].mean(), gathered[3][0]]
+    for value, exactly in zip(values, [*wanted, expected.d_logit_scale, expected.terms.loss], strict=True):
+        # With float32 cosines alone the gradients are wrong by 2e-6 here.
+        assert (value.double() - exactly).norm() <= 3e-7 * exactly.norm()
 
 
 def frozen_image_on_rank(rank: int, world_size: int) -> list[torch.Tensor]:

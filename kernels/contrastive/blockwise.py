@@ -29,8 +29,6 @@ SHARED_EXPONENT_RANGE = 40.0
 # exp is a hundred times slower where its result is denormal (-87 and below); exp(-80) is nothing beside a row's sum
 # already.
 LEAST_EXPONENT = -80.0
-# At low loss a handful of rows carry the sum, and their rounding no longer averages out.
-REFINED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -122,11 +120,14 @@ def gradient_sweep(
     cosine_origin: float,
     row_tile: int,
     column_tile: int,
+    row_weight_B: Tensor | None = None,
+    column_weight_G: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Off-diagonal part of (d x_BD, d y_GD, scale sum), unwanted ones None or 0 (float64).
 
-    The gradient with respect to cosine (i, j) is exp(s_ij - row_lse_i) + exp(s_ij - column_lse_j), and outside the
-    groups hinge_weight for exceeding the row's threshold, again for the column's.
+    The gradient with respect to cosine (i, j) is row_weight_i * exp(s_ij - row_lse_i) + column_weight_j * exp(s_ij -
+    column_lse_j), and outside the groups hinge_weight for exceeding the row's threshold, again for the column's.
+    Weights of None are 1.
     """
     dtype = accumulation_dtype(x_BD.dtype)
     dx_BD = x_BD.new_zeros(x_BD.shape, dtype=dtype) if want_x else None
@@ -143,7 +144,9 @@ def gradient_sweep(
             )
             cosine_tile(x_tile, y_tile, out=cosine, exact_in_bfloat16=x_BD.dtype == torch.bfloat16)
             band = _band(offset + i0, offset + i1, j0, j1)
-            _softmax_sum(cosine, row_lse_B[i0:i1], column_lse_G[j0:j1], scale, gradient, work)
+            rows = SoftmaxTerms.of(row_lse_B, row_weight_B, i0, i1)
+            columns = SoftmaxTerms.of(column_lse_G, column_weight_G, j0, j1)
+            _softmax_sum(cosine, rows, columns, scale, gradient, work)
             if band is not None:
                 gradient[band].diagonal().zero_()
             if want_scale:
@@ -178,23 +181,6 @@ def row_dots(x_BD: Tensor, y_BD: Tensor, *, row_tile: int) -> Tensor:
     for i0, i1 in tiles(len(x_BD), row_tile, 1):
         torch.sum(x_BD[i0:i1].double() * y_BD[i0:i1].double(), dim=1, out=dots_B[i0:i1])
     return dots_B
-
-
-def refine_hardest(
-    off_B: Tensor, positive_B: Tensor, x_BD: Tensor, y_GD: Tensor, *, scale: float, offset: int, column_tile: int
-) -> Tensor:
-    """off_B with the log-sum-exps of the rows of largest loss computed anew, from float64 products."""
-    if x_BD.dtype == torch.float64 or len(x_BD) == 0:
-        return off_B
-    rows_K = torch.topk(off_B - positive_B, min(REFINED_ROWS, len(off_B))).indices
-    hard_KD, parts = x_BD[rows_K].double(), []
-    for j0, j1 in tiles(len(y_GD), column_tile, 1):
-        logits = (hard_KD @ y_GD[j0:j1].double().T).mul_(scale)
-        own_K = rows_K + offset
-        inside_K = ((own_K >= j0) & (own_K < j1)).nonzero()[:, 0]
-        logits[inside_K, own_K[inside_K] - j0] = -torch.inf
-        parts.append(logits.logsumexp(1))
-    return off_B.index_copy(0, rows_K, torch.stack(parts).logsumexp(0))
 
 
 def mean_row(x_GD: Tensor, *, row_tile: int) -> Tensor:
@@ -305,26 +291,41 @@ def _merge(max_B: Tensor, sum_B: Tensor, tile_max_B: Tensor, tile_sum_B: Tensor,
     max_B.copy_(new_max_B)
 
 
+@dataclass(frozen=True)
+class SoftmaxTerms:
+    """Of a tile's rows or columns, float64: weight * exp(s - lse); a weight of None is 1."""
+
+    lse_B: Tensor
+    weight_B: Tensor | None
+
+    @classmethod
+    def of(cls, lse_B: Tensor, weight_B: Tensor | None, start: int, stop: int) -> "SoftmaxTerms":
+        return cls(lse_B[start:stop], None if weight_B is None else weight_B[start:stop])
+
+    def factor(self, reference: Tensor) -> Tensor:
+        """What turns exp(s - reference) into the term."""
+        factor_B = torch.exp(reference - self.lse_B)
+        return factor_B if self.weight_B is None else factor_B * self.weight_B
+
+
 def _softmax_sum(
-    cosine: Tensor, row_lse_B: Tensor, column_lse_G: Tensor, scale: float, out: Tensor, work: Tensor
+    cosine: Tensor, rows: SoftmaxTerms, columns: SoftmaxTerms, scale: float, out: Tensor, work: Tensor
 ) -> None:
-    """exp(s_ij - row_lse_i) + exp(s_ij - column_lse_j) into `out`, from float64 log-sum-exps."""
-    origin = row_lse_B.max()
-    origin = origin.to(out.dtype).double()
-    if (origin - torch.minimum(row_lse_B.min(), column_lse_G.min())) < SHARED_EXPONENT_RANGE:
+    """The sum of the row's and the column's term into `out`."""
+    dtype = out.dtype
+    origin = rows.lse_B.max().to(dtype).double()
+    if (origin - torch.minimum(rows.lse_B.min(), columns.lse_B.min())) < SHARED_EXPONENT_RANGE:
         # exp(s_ij - origin) * (exp(origin - row_lse_i) + exp(origin - column_lse_j)): one exponential for both.
         _exponentials(cosine, origin, scale, out)
-        row_factor, column_factor = torch.exp(origin - row_lse_B), torch.exp(origin - column_lse_G)
-        out.mul_(torch.add(row_factor.to(out.dtype)[:, None], column_factor.to(out.dtype)[None, :], out=work))
+        row_factor, column_factor = rows.factor(origin).to(dtype), columns.factor(origin).to(dtype)
+        out.mul_(torch.add(row_factor[:, None], column_factor[None, :], out=work))
         return
     # The exponent's reference must be a number of the tile's dtype; a factor near one makes up for its rounding.
-    reference = row_lse_B.to(out.dtype).double()
-    _exponentials(cosine, reference[:, None], scale, out)
-    correction = torch.exp(reference - row_lse_B).to(out.dtype)[:, None]
-    column_reference = column_lse_G.to(out.dtype).double()
-    column_correction = torch.exp(column_reference - column_lse_G).to(out.dtype)[None, :]
+    row_reference, column_reference = rows.lse_B.to(dtype).double(), columns.lse_B.to(dtype).double()
+    _exponentials(cosine, row_reference[:, None], scale, out)
     _exponentials(cosine, column_reference[None, :], scale, work)
-    out.mul_(correction).addcmul_(work, column_correction)
+    row_factor, column_factor = rows.factor(row_reference).to(dtype), columns.factor(column_reference).to(dtype)
+    out.mul_(row_factor[:, None]).addcmul_(work, column_factor[None, :])
 
 
 def _exclude_groups(block: Tensor, group_rows: int) -> None:

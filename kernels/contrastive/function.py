@@ -15,8 +15,9 @@ from torch import Tensor
 
 from kernels.contrastive import blockwise
 from kernels.contrastive.gradient import gradients
+from kernels.contrastive.hardest import choose_hardest, refine_hardest
 from kernels.contrastive.reference import contrastive_reference
-from kernels.contrastive.state import ForwardState, Options, anchors_of, part_of, state_length
+from kernels.contrastive.state import NUM_NUMBERS, ForwardState, Options, anchors_of, part_of, state_length
 from kernels.rows.function import Layout, Towers, gather_rows, reduce_vector
 from kernels.rows.gradient import Wanted
 from kernels.rows.precision import accumulation_dtype
@@ -43,12 +44,9 @@ def forward(towers: Towers, scale: float, options: Options, layout: Layout) -> t
     text_off_G, text_max_G, text_hinge_AG, text_active_AG = _reduce_columns(stats, scale, layout, dtype)
     positive_B = scale * blockwise.row_dots(image_BD, text_BD, row_tile=options.row_tile)
     image_off_B = blockwise.log_sum_exp(stats.row_max_B, stats.row_sum_B, scale, dtype)
-    positive_G, image_off_G = gather_rows(torch.stack([positive_B, image_off_B], 1), layout).unbind(1)
-    # The loss takes the hardest rows from float64 products. Gradients do not: there it counts that a row's softmax
-    # sums to one.
-    hardest = {"scale": scale, "offset": layout.offset, "column_tile": options.column_tile}
-    exact_image_off_B = blockwise.refine_hardest(image_off_B, positive_B, image_BD, text_GD, **hardest)
-    exact_text_off_B = blockwise.refine_hardest(text_off_G[layout.own], positive_B, text_BD, image_GD, **hardest)
+    settings = {"scale": scale, "offset": layout.offset, "column_tile": options.column_tile}
+    exact_image_off_B = refine_hardest(image_off_B, positive_B, image_BD, text_GD, **settings)
+    exact_text_off_B = refine_hardest(text_off_G[layout.own], positive_B, text_BD, image_GD, **settings)
     own_loss = (_softplus(exact_image_off_B - positive_B) + _softplus(exact_text_off_B - positive_B)).sum() / 2
     # A tie with another row counts as wrong: features that have collapsed to one point score 0, not 1.
     image_correct_B = stats.tile_diagonal_B > stats.row_max_B
@@ -56,6 +54,11 @@ def forward(towers: Towers, scale: float, options: Options, layout: Layout) -> t
     own_sums = [own_loss, image_correct_B.double().sum(), text_correct_B.double().sum(), stats.row_hinge_A.sum()]
     sums = reduce_vector(torch.stack(own_sums), layout, dist.ReduceOp.SUM)
     loss_sum, image_correct, text_correct, image_hinge = sums
+    own_rows = torch.stack([positive_B, image_off_B, exact_image_off_B, exact_text_off_B], 1)
+    positive_G, image_off_G, *exact_off_G = gather_rows(own_rows, layout).unbind(1)
+    # Gradients keep the sweep's sums for the rows that they take from the sweep: a row's softmax must sum to one.
+    image_off_G, image_hardest = choose_hardest(image_off_G, exact_off_G[0], positive_G, image_BD.dtype)
+    text_off_G, text_hardest = choose_hardest(text_off_G, exact_off_G[1], positive_G, image_BD.dtype)
     mean_positive_cosine = positive_G.mean() / scale
     smoothing_cosine = _smoothing_cosine(image_GD, text_GD, mean_positive_cosine, options)
     contrastive = loss_sum / layout.total + scale * smoothing_cosine
@@ -63,8 +66,10 @@ def forward(towers: Towers, scale: float, options: Options, layout: Layout) -> t
     margin = margin_cosine * scale if options.margin_space == "logits" else margin_cosine
     state = ForwardState(
         scale=scale,
+        image_hardest=image_hardest,
+        text_hardest=text_hardest,
         positive_B=positive_B,
-        image_off_B=image_off_B,
+        image_off_B=image_off_G[layout.own],
         text_off_B=text_off_G[layout.own],
         image_lse_G=positive_G + _softplus(image_off_G - positive_G),
         text_lse_G=positive_G + _softplus(text_off_G - positive_G),
@@ -140,7 +145,7 @@ OPERATIONS = register(
         name="contrastive_loss",
         scalars=("logit_scale",),
         num_terms=5,
-        num_numbers=2,
+        num_numbers=NUM_NUMBERS,
         options=Options,
         definition=_definition,
         forward=_forward,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.contrastive import blockwise
+from kernels.contrastive.hardest import HardRows, add_softmax_terms
 from kernels.contrastive.state import ForwardState, Options, anchors_of, part_of
 from kernels.rows.function import Layout, Towers
 from kernels.rows.gradient import Wanted, sweep_towers
@@ -28,6 +29,7 @@ class _Tower:
     own_BD: Tensor
     all_GD: Tensor
     lse_G: Tensor
+    hardest: list[int]
     threshold_AG: Tensor | None
     partner_B: Tensor
     minimum_weight_B: Tensor
@@ -88,8 +90,8 @@ def _towers(towers: Towers, step: _Step) -> tuple[_Tower, _Tower]:
             continue
         partner[anchor_tower][anchor_A], weight[anchor_tower][anchor_A] = hard_row_A, step.hinge_weight * active_A
         partner[hard_tower][hard_row_A], weight[hard_tower][hard_row_A] = anchor_A, step.hinge_weight * active_A
-    image = (towers.image_BD, towers.image_GD, state.image_lse_G, state.image_threshold_AG)
-    text = (towers.text_BD, towers.text_GD, state.text_lse_G, state.text_threshold_AG)
+    image = (towers.image_BD, towers.image_GD, state.image_lse_G, state.image_hardest, state.image_threshold_AG)
+    text = (towers.text_BD, towers.text_GD, state.text_lse_G, state.text_hardest, state.text_threshold_AG)
     return _Tower(*image, partner[0], weight[0]), _Tower(*text, partner[1], weight[1])
 
 
@@ -100,7 +102,10 @@ def _sweep(
     own_anchors = anchors_of(layout.own, options)
     # Without weight the margin is only reported, and needs no pass over the tiles here.
     thresholds = (part_of(x.threshold_AG, own_anchors), y.threshold_AG) if step.hinge_weight > 0 else (None, None)
-    return options.sweeps.gradient_sweep(
+    own_hardest = [row - layout.offset for row in x.hardest if layout.own.start <= row < layout.own.stop]
+    x_hard = HardRows.of(own_hardest, layout.offset, x.lse_G[layout.own])
+    y_hard = HardRows.of(y.hardest, -layout.offset, y.lse_G)
+    dx_BD, dy_GD, scale_sum = options.sweeps.gradient_sweep(
         x.own_BD,
         y.all_GD,
         scale=step.state.scale,
@@ -115,8 +120,20 @@ def _sweep(
         cosine_origin=step.state.mean_positive_cosine,
         row_tile=options.row_tile,
         column_tile=options.column_tile,
+        row_weight_B=x_hard.weight(len(x.own_BD)),
+        column_weight_G=y_hard.weight(len(y.all_GD)),
         **options.gradient_settings,
     )
+    shared = {"scale": step.state.scale, "cosine_origin": step.state.mean_positive_cosine}
+    shared["row_tile"] = options.column_tile
+    for hard, rows_RD, others_RD, d_hard, d_rows in (
+        (x_hard, x.own_BD, y.all_GD, dx_BD, dy_GD),
+        (y_hard, y.all_GD, x.own_BD, dy_GD, dx_BD),
+    ):
+        if len(hard.own_H):
+            moment = add_softmax_terms(hard, rows_RD[hard.own_H], others_RD, d_hard=d_hard, d_rows=d_rows, **shared)
+            scale_sum = scale_sum + moment
+    return dx_BD, dy_GD, scale_sum
 
 
 def _finish(d_own_BD: Tensor, own: _Tower, other: _Tower, step: _Step) -> None:

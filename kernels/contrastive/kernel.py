@@ -388,6 +388,8 @@ def gradient_sweep(
     cosine_origin: float,
     row_tile: int | None = None,
     column_tile: int | None = None,
+    row_weight_B: Tensor | None = None,
+    column_weight_G: Tensor | None = None,
     gradient_operand: str = "precise",
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """As `blockwise.gradient_sweep`: one recomputed product, and one for each of d x_BD and d y_GD that is wanted.
@@ -404,7 +406,7 @@ def gradient_sweep(
     scale_sum = torch.zeros((), dtype=torch.float64, device=x_BD.device)
     if len(x_BD) == 0 or len(y_GD) == 0 or not (want_x or want_y or want_scale):
         return dx_BD, dy_GD, scale_sum
-    terms = _softmax_terms(row_lse_B, column_lse_G, dtype)
+    terms = _softmax_terms(row_lse_B, column_lse_G, row_weight_B, column_weight_G, dtype)
     # Filled on the device: a tensor made of Python numbers would wait for it.
     scalars = [
         torch.full((1,), value, dtype=dtype, device=x_BD.device) for value in (scale, cosine_origin, hinge_weight)
@@ -517,19 +519,26 @@ def _row_thresholds(hinges: Hinges, num_rows: int, num_columns: int, unused: Ten
     return found[0], found[1]
 
 
-def _softmax_terms(row_lse_B: Tensor, column_lse_G: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _softmax_terms(
+    row_lse_B: Tensor,
+    column_lse_G: Tensor,
+    row_weight_B: Tensor | None,
+    column_weight_G: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
     """What the weights need of the float64 log-sum-exps, in the accumulation dtype: ([3, B], [3, G], is_shared).
 
     Of a row: the log-sum-exp rounded, the factor that makes up for the rounding, exp(rounded - highest). Of a column:
-    the same, but exp(highest - log-sum-exp). is_shared: int32 [1], whether those are within range, so that one
-    exponential serves a row and a column.
+    the same, but exp(highest - log-sum-exp). Weights enter the factor, of columns the last one too. is_shared: int32
+    [1], whether those are within range, so that one exponential serves a row and a column.
     """
     row, column = row_lse_B.to(dtype).double(), column_lse_G.to(dtype).double()
+    row_weight_B, column_weight_G = (1.0 if w is None else w for w in (row_weight_B, column_weight_G))
     highest = row.max()
-    row_terms = torch.stack([row, torch.exp(row - row_lse_B), torch.exp(row - highest)])
-    column_terms = torch.stack([column, torch.exp(column - column_lse_G), torch.exp(highest - column_lse_G)])
+    row_terms = torch.stack([row, torch.exp(row - row_lse_B) * row_weight_B, torch.exp(row - highest)])
+    column_factors = [torch.exp(reference - column_lse_G) * column_weight_G for reference in (column, highest)]
     is_shared = (highest - column_lse_G.min() < SHARED_EXPONENT_RANGE).to(torch.int32)
-    return row_terms.to(dtype), column_terms.to(dtype), is_shared.reshape(1)
+    return row_terms.to(dtype), torch.stack([column, *column_factors]).to(dtype), is_shared.reshape(1)
 
 
 def specialisations(chip: str, dtype: torch.dtype, dim: int) -> list[Specialisation]:

@@ -11,8 +11,12 @@ import torch
 from torch import Tensor
 
 from kernels.contrastive import blockwise
+from kernels.contrastive.hardest import REFINED_ROWS
 from kernels.rows.function import Layout
 from kernels.rows.options import SweepOptions
+
+# Of a state that backward needs on the host: scale, mean positive cosine, and both towers' hardest rows.
+NUM_NUMBERS = 2 + 2 * REFINED_ROWS
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,14 @@ class Options(SweepOptions):
 class ForwardState:
     """What the backward pass needs beside the features: O(b + G) numbers, float64 where not said.
 
+    *_hardest: rows of all ranks whose softmax terms the sweeps leave out, at most REFINED_ROWS.
     *_threshold_AG: in the accumulation dtype, None where that direction has no margin. *_hard_row_A: int64.
     """
 
     scale: float
     mean_positive_cosine: float
+    image_hardest: list[int]
+    text_hardest: list[int]
     positive_B: Tensor
     image_off_B: Tensor
     text_off_B: Tensor
@@ -72,10 +79,11 @@ class ForwardState:
     smoothing_cosine: Tensor
 
     def packed(self) -> tuple[list[float], Tensor]:
-        """([scale, mean_positive_cosine], everything else in one float64 vector, exactly)."""
-        scale, mean_positive_cosine, *tensors = (getattr(self, field.name) for field in fields(self))
-        parts = [tensor.double().reshape(-1) for tensor in tensors if tensor is not None]
-        return [scale, mean_positive_cosine], torch.cat(parts)
+        """(NUM_NUMBERS numbers, every tensor in one float64 vector), exactly."""
+        scale, mean_positive_cosine, *hardest_and_tensors = (getattr(self, field.name) for field in fields(self))
+        parts = [tensor.double().reshape(-1) for tensor in hardest_and_tensors[2:] if tensor is not None]
+        padded = [rows + [-1] * (REFINED_ROWS - len(rows)) for rows in hardest_and_tensors[:2]]
+        return [scale, mean_positive_cosine, *padded[0], *padded[1]], torch.cat(parts)
 
     @classmethod
     def unpacked(
@@ -90,7 +98,9 @@ class ForwardState:
                 parts[name] = parts[name].to(part_dtype) if has_hinge else None
         for name in ("margin_cosine", "smoothing_cosine"):
             parts[name] = parts[name].reshape(())
-        return cls(*numbers, **parts)
+        scale, mean_positive_cosine, *padded = numbers
+        hardest = [[int(row) for row in rows if row >= 0] for rows in (padded[:REFINED_ROWS], padded[REFINED_ROWS:])]
+        return cls(scale, mean_positive_cosine, *hardest, **parts)
 
 
 def state_length(num_rows: int, num_all_rows: int, options: Options) -> int:
