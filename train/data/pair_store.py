@@ -13,14 +13,20 @@ A folder:
     ingest.json        what the store was made from (train.ingest.plan)
     manifest.json      written last: counts, parameters, fingerprint, sizes of the files above
 
+The folder may lie in remote storage (s3://, gs://, sftp://, ...): then a cache folder holds what was fetched of it, the small
+files when the store is opened, each MDS file when a pair of it is first asked for (train.data.remote_folder).
+
 In: such a folder. Out: pairs by id, the ledger, and the groups of equal images and equal captions.
 """
 
+import itertools
 import json
+import mmap
 import operator
 import unicodedata
 import zlib
 from collections.abc import Callable
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +35,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mining.manifest import read_manifest
+from mining.manifest import MANIFEST_NAME, read_manifest
+from train.data.remote_folder import RemoteFolder, RetryPolicy, is_remote
 
 KIND = "PairStore"
 FORMAT_VERSION = 1
@@ -52,15 +59,22 @@ class PairSample(NamedTuple):
 
 
 class PairStore:
-    """Random access to the pairs of a folder made by `train.ingest`.
+    """Random access to the pairs of a folder made by `train.ingest`, here or in remote storage.
 
     Opening reads the manifest and the MDS index and compares the size of every file; ledger, checksums and Streaming's
     readers are loaded when first used. A store pickles into DataLoader workers without what it has loaded. Importing
     Streaming takes seconds: read one pair before forking workers, and they inherit it.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], shard_infos: list[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: dict[str, Any],
+        shard_infos: list[dict[str, Any]],
+        remote: RemoteFolder | None = None,
+    ) -> None:
         self.path = path
+        self.remote = remote
         self.manifest = manifest
         self.fingerprint: str = manifest["fingerprint"]
         self._shard_infos = shard_infos
@@ -68,22 +82,36 @@ class PairStore:
         self._loaded: dict[str, Any] = {}
 
     @classmethod
-    def open(cls, path: str | Path) -> "PairStore":
+    def open(
+        cls, path: str | Path, *, cache: str | Path | None = None, retry: RetryPolicy | None = None
+    ) -> "PairStore":
         """Open and check a store.
 
+        `path` is a folder, or a URL of remote storage that Streaming reads; then `cache` is the local folder of what is
+        fetched of it, a new or empty one or the one of an earlier run, which any number of processes may share. `path` of
+        the opened store is that folder. `retry` says how long an absent remote is waited for.
+
         Raises ValueError, naming the file and the remedy, for a folder that is no finished PairStore, a store of another
-        format version, a missing file, a file of another size than was written, and counts that disagree.
+        format version, a missing file, a file of another size than was written, and counts that disagree; and for a remote
+        that stays away or lacks a file, a URL without cache, and a cache folder that holds anything else.
         """
-        folder = Path(path)
+        remote = open_remote(path, cache, retry)
+        folder = Path(path) if remote is None else remote.cache
+        if remote:
+            remote.fetch(MANIFEST_NAME, check_is_json)
         manifest = read_manifest(folder, KIND, FORMAT_VERSION, remedy=REMEDY)
         for name, size in manifest["files"].items():
+            if remote:
+                remote.fetch(name, partial(check_fetched_size, size=size))
             check_size(folder / name, size)
         index_path = folder / INDEX_NAME
         try:
             shard_infos = json.loads(index_path.read_text(encoding="utf-8"))["shards"]
             for info in shard_infos:
-                check_size(folder / info["raw_data"]["basename"], info["raw_data"]["bytes"])
-            store = cls(folder, manifest, shard_infos)
+                file = folder / info["raw_data"]["basename"]
+                if remote is None or file.exists():
+                    check_size(file, info["raw_data"]["bytes"])
+            store = cls(folder, manifest, shard_infos, remote)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{index_path} is damaged ({error!r}); {REMEDY}") from error
         store._check_counts()
@@ -106,27 +134,65 @@ class PairStore:
         return int(self._first_ids[-1])
 
     def __getitem__(self, pair_id: int) -> PairSample:
-        """The pair with this id, 0 <= pair_id < N.
+        """The pair with this id, 0 <= pair_id < N; waits while its shard is fetched from a remote.
 
         Raises IndexError outside the range, and ValueError naming the shard file when what it holds is not what was
-        written there.
+        written there, or when it can't be fetched.
         """
         pair_id = operator.index(pair_id)
         if not 0 <= pair_id < len(self):
             raise IndexError(f"pair_id={pair_id} is outside 0..{len(self) - 1} of {self.path}")
         shard = int(np.searchsorted(self._first_ids, pair_id, side="right")) - 1
+        self._fetch_shard(shard)
         reader = self._readers()[shard]
         file = self.path / self._shard_infos[shard]["raw_data"]["basename"]
         try:
             data = reader.get_sample_data(pair_id - int(self._first_ids[shard]))
         except (OSError, ValueError, IndexError) as error:
-            raise damaged_shard(file, pair_id, str(error)) from error
+            raise self._damaged(file, pair_id, str(error)) from error
         if sample_checksum(data) != self._checksums_N[pair_id]:
-            raise damaged_shard(file, pair_id, "its checksum differs")
+            raise self._damaged(file, pair_id, "its checksum differs")
         sample = reader.decode_sample(data)
         if sample["pair_id"] != pair_id:
-            raise damaged_shard(file, pair_id, f"it holds pair_id {sample['pair_id']} there")
+            raise self._damaged(file, pair_id, f"it holds pair_id {sample['pair_id']} there")
         return PairSample(sample["image"], sample["caption"], pair_id, sample["key"])
+
+    def prefetch(self, pair_ids: np.ndarray) -> None:
+        """Bring the shards of these pairs, int [any], into the cache, those first that no other process is fetching.
+
+        For a batch that is about to be read. Returns at once for a local store, and raises what `store[pair_id]` raises.
+        """
+        if self.remote is None:
+            return
+        shards = np.unique(np.searchsorted(self._first_ids, pair_ids, side="right") - 1).tolist()
+        for shard in [shard for shard in shards if not self._fetch_shard(shard, wait=False)]:
+            self._fetch_shard(shard)
+
+    def _fetch_shard(self, shard: int, *, wait: bool = True) -> bool:
+        """Whether the file of this shard is there now."""
+        if self.remote is None or self._is_here()[shard]:
+            return True
+        name = self._shard_infos[shard]["raw_data"]["basename"]
+        self._is_here()[shard] = self.remote.fetch(name, partial(self._check_shard, shard=shard), wait=wait) is not None
+        return bool(self._is_here()[shard])
+
+    def _is_here(self) -> np.ndarray:
+        return self._load("is_here", lambda: np.zeros(len(self._shard_infos), bool))
+
+    def _check_shard(self, file: Path, shard: int) -> None:
+        """Raises ValueError unless `file` has the size, the pair ids and the checksums of this shard."""
+        info = self._shard_infos[shard]
+        check_fetched_size(file, info["raw_data"]["bytes"])
+        first_id, num_pairs = int(self._first_ids[shard]), info["samples"]
+        with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            # MDS: uint32 count, then count + 1 uint32 offsets.
+            offsets = np.frombuffer(data[4 : 8 + 4 * num_pairs], "<u4").tolist()
+            for pair_id, (begin, end) in enumerate(itertools.pairwise(offsets), first_id):
+                sample = data[begin:end]
+                if sample_checksum(sample) != self._checksums_N[pair_id]:
+                    raise ValueError(f"the checksum of pair_id {pair_id} differs in it")
+                if int.from_bytes(sample[-PAIR_ID_BYTES:], "little") != pair_id:
+                    raise ValueError(f"it holds another pair in the place of pair_id {pair_id}")
 
     @property
     def ledger(self) -> pa.Table:
@@ -169,9 +235,14 @@ class PairStore:
 
     def _make_readers(self) -> list[Any]:
         # Imported here: it takes seconds, and those who only read the ledger need none of it.
-        from streaming.base.format import reader_from_json
+        from mining.mds import streaming
 
-        return [reader_from_json(str(self.path), None, info) for info in self._shard_infos]
+        read = streaming.base.format.reader_from_json
+        return [read(str(self.path), None, info) for info in self._shard_infos]
+
+    def _damaged(self, file: Path, pair_id: int, what: str) -> ValueError:
+        remedy = f"copy the file again or {REMEDY}" if self.remote is None else "delete it and it is fetched again"
+        return ValueError(f"{file} is damaged at pair_id {pair_id} ({what}); {remedy}")
 
     def _load(self, name: str, make: Callable[[], Any]) -> Any:
         if name not in self._loaded:
@@ -204,5 +275,23 @@ def check_size(path: Path, size: int) -> None:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, {size} were written; copy it again or {REMEDY}")
 
 
-def damaged_shard(file: Path, pair_id: int, what: str) -> ValueError:
-    return ValueError(f"{file} is damaged at pair_id {pair_id} ({what}); copy the file again or {REMEDY}")
+def check_fetched_size(path: Path, size: int) -> None:
+    if path.stat().st_size != size:
+        raise ValueError(f"it has {path.stat().st_size} bytes, {size} were written")
+
+
+def check_is_json(path: Path) -> None:
+    json.loads(path.read_bytes())
+
+
+def open_remote(path: str | Path, cache: str | Path | None, retry: RetryPolicy | None) -> RemoteFolder | None:
+    """The remote folder of a URL, None for a local path. Raises ValueError when `cache` is missing or makes no sense."""
+    if not is_remote(path):
+        if cache:
+            raise ValueError(f"the store {path} is a local folder and needs no cache folder; leave {cache} out")
+        return None
+    if isinstance(path, Path):
+        raise ValueError(f"{path} was a URL and has become a path; give the store's place as text")
+    if not cache:
+        raise ValueError(f"the store {path} is remote: give a cache folder on a local disk (--data.cache FOLDER)")
+    return RemoteFolder(path, cache, retry)

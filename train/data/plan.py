@@ -56,6 +56,12 @@ class EpochPlan:
             to their product, else uniformly.
         is_anchor_N: bool [N]; False for pairs that may be partners only (noise).
         partners: "mined", or "random" for the compute-matched control: same anchors, same steps, random partners.
+        shuffle_block: 0 shuffles all anchors together. n shuffles the blocks of n anchors that follow each other in the order of
+            their ids, and then the anchors within each block: the anchors of a batch, and their partners where the store is in
+            mined-graph order (train.reorder), lie in one or two blocks. Stand-ins and random partners come from everywhere.
+
+    Memory of a plan: `anchors_A` (8 bytes a pair), while it is built four times that; the arrays given are only indexed by the
+    anchors of a batch, never read whole, so memory-mapped ones stay on disk.
 
     Raises ValueError when the batch can't be filled or the arrays do not fit each other.
     """
@@ -72,19 +78,20 @@ class EpochPlan:
         similarities_NK: tuple[np.ndarray, np.ndarray] | None = None,
         is_anchor_N: np.ndarray | None = None,
         partners: Partners = "mined",
+        shuffle_block: int = 0,
     ) -> None:
         self.seed, self.epoch = seed, epoch
         self.conflict_group_N = conflict_group_N
         self.hard_per_anchor = hard_per_anchor
         self.pair_ids_NK, self.similarities_NK = pair_ids_NK, similarities_NK
         self.partners = partners
-        self._check(batch_size, is_anchor_N)
+        self._check(batch_size, is_anchor_N, shuffle_block)
         anchors_A = np.arange(self.num_pairs) if is_anchor_N is None else np.flatnonzero(is_anchor_N)
         groups_per_batch = batch_size // (1 + hard_per_anchor)
         self.num_steps = -(-len(anchors_A) // groups_per_batch)
         # S + 1 borders; batch s is anchors_A[borders[s]:borders[s + 1]].
         self.borders_S = np.arange(self.num_steps + 1) * len(anchors_A) // self.num_steps
-        order_A = np.random.default_rng([seed, epoch]).permutation(anchors_A)
+        order_A = shuffled(anchors_A, np.random.default_rng([seed, epoch]), shuffle_block)
         self.anchors_A = keep_conflicts_apart(order_A, conflict_group_N, self.borders_S)
 
     def batch(self, step: int) -> BatchPlan:
@@ -115,7 +122,9 @@ class EpochPlan:
     def num_pairs(self) -> int:
         return len(self.conflict_group_N)
 
-    def _check(self, batch_size: int, is_anchor_N: np.ndarray | None) -> None:
+    def _check(self, batch_size: int, is_anchor_N: np.ndarray | None, shuffle_block: int) -> None:
+        if shuffle_block < 0:
+            raise ValueError(f"shuffle_block={shuffle_block} must be 0 (all anchors together) or a number of anchors")
         if self.partners not in ("mined", "random"):
             raise ValueError(f"partners={self.partners!r} is not one of mined, random")
         if batch_size < 1 or batch_size % (1 + self.hard_per_anchor):
@@ -184,6 +193,18 @@ class EpochPlan:
             used_groups.add(group)
             used_pairs.add(pair)
             yield pair
+
+
+def shuffled(anchors_A: np.ndarray, rng: np.random.Generator, shuffle_block: int) -> np.ndarray:
+    """All anchors in random order, or with `shuffle_block` the blocks of so many in random order, each shuffled by itself."""
+    if not shuffle_block:
+        return rng.permutation(anchors_A)
+    order_A, position = np.empty_like(anchors_A), 0
+    for block in rng.permutation(-(-len(anchors_A) // shuffle_block)):
+        anchors_B = anchors_A[block * shuffle_block : (block + 1) * shuffle_block]
+        order_A[position : position + len(anchors_B)] = rng.permutation(anchors_B)
+        position += len(anchors_B)
+    return order_A
 
 
 def keep_conflicts_apart(order_A: np.ndarray, conflict_group_N: np.ndarray, borders_S: np.ndarray) -> np.ndarray:
