@@ -7,13 +7,15 @@ folder.
 """
 
 import hashlib
+import io
 import json
 import logging
 import os
 import shutil
 import uuid
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,7 @@ class ArrayFolderWriter:
         self.specs = dict(specs)
         self.whole = dict(whole or {})
         self.fields = dict(fields or {})
+        self.derived_specs: dict[str, ArraySpec] = {}
         if num_pairs < 1:
             raise ValueError(
                 f"num_pairs={num_pairs}, but {with_article(kind)} needs at least 1 pair; check that its input is not empty"
@@ -163,6 +166,23 @@ class ArrayFolderWriter:
         """Memory-mapped view [N, ...] of an array as written so far."""
         return np.load(self.partial / f"{name}.npy", mmap_mode="r")
 
+    @contextmanager
+    def derived(self, specs: Mapping[str, ArraySpec]) -> Iterator[dict[str, np.ndarray]]:
+        """Arrays of N rows, zeros at first, that the caller fills from the rows written; the folder's once the block ends.
+
+        For the one process that finishes: after a kill they are made anew, while the rows that they come from stay as they are.
+        """
+        temporaries = {name: self.partial / f".{name}.{uuid.uuid4().hex}.tmp" for name in specs}
+        arrays = {}
+        for name, spec in specs.items():
+            create_zeros(temporaries[name], spec.dtype, (self.num_pairs, *spec.row_shape))
+            arrays[name] = np.load(temporaries[name], mmap_mode="r+")
+        yield arrays
+        for name, array in arrays.items():
+            array.flush()
+            os.replace(temporaries[name], self.partial / f"{name}.npy")
+        self.derived_specs |= specs
+
     def finish(
         self,
         *,
@@ -183,7 +203,10 @@ class ArrayFolderWriter:
                 f"{self.kind} {self.path} is not complete: {int((~rows_done).sum())} of {self.num_pairs} rows are "
                 f"missing, the first is row {first}; run the stage that writes it again, it goes on from there"
             )
-        arrays = {name: describe_array(self.partial / f"{name}.npy") for name in [*self.specs, *self.whole]}
+        arrays = {
+            name: describe_array(self.partial / f"{name}.npy")
+            for name in [*self.specs, *self.derived_specs, *self.whole]
+        }
         for name, content in (files or {}).items():
             write_json_atomically(self.partial / name, content)
         content_fingerprint = fingerprint(self.kind, self.version, self.fields, arrays)
@@ -327,10 +350,26 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def describe_array(path: Path) -> dict[str, Any]:
+def describe_array(path: Path, num_rows: int | None = None) -> dict[str, Any]:
+    """Shape, dtype and sha256 of a .npy file; with `num_rows` those of a file that holds only its first rows."""
     array = np.load(path, mmap_mode="r", allow_pickle=False)
+    shape = array.shape if num_rows is None else (num_rows, *array.shape[1:])
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(HASH_CHUNK_BYTES):
+        if num_rows is None:
+            left = path.stat().st_size
+        else:
+            digest.update(npy_header(array.dtype, shape))
+            file.seek(array.offset)
+            left = num_rows * (array.nbytes // len(array))
+        while left and (chunk := file.read(min(left, HASH_CHUNK_BYTES))):
             digest.update(chunk)
-    return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": digest.hexdigest()}
+            left -= len(chunk)
+    return {"shape": list(shape), "dtype": str(array.dtype), "sha256": digest.hexdigest()}
+
+
+def npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    header = io.BytesIO()
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, described)
+    return header.getvalue()

@@ -22,7 +22,7 @@ from mining.similarity import (
     FLOAT32_ROUNDING,
     LENGTH_PRODUCT_BOUND,
     approximate_similarity,
-    exact_runs,
+    exact_cosines,
     load_rows,
 )
 from mining.top_k import RunningTopK
@@ -31,9 +31,8 @@ SHORTEST_LIST = 64
 # Longer lists cost more than the exact search of the row, and a GPU index stops there.
 LONGEST_LIST = 2048
 LARGEST_WEIGHT = 8.0
-# Base rows and entries whose cosines are computed together.
+# Base rows whose cosines are computed together.
 TILE_ROWS = 8192
-ENTRIES_TOGETHER = 65536
 
 
 class CandidateLists(Protocol):
@@ -134,7 +133,9 @@ class CandidateSearch:
         rows_S, ids_S = np.repeat(rows, length), lists.ids_QM.ravel()
         allowed_S = (ids_S >= 0) & ~np.isin(rows_S * num_pairs + ids_S, barred)
         rows_S, ids_S = rows_S[allowed_S], ids_S[allowed_S]
-        cosines = [exact_cosines(rows_ND, ids_Q, rows_S, ids_S) for rows_ND in (problem.image_ND, problem.text_ND)]
+        cosines = [
+            exact_cosines(rows_ND, rows_ND, ids_Q, rows_S, ids_S) for rows_ND in (problem.image_ND, problem.text_ND)
+        ]
         if not self.lists.looks_everywhere:
             far_S = self._leave_out_near(rows, rows_S, ids_S, cosines, excluded)
             rows_S, ids_S, cosines = rows_S[far_S], ids_S[far_S], [cosine_S[far_S] for cosine_S in cosines]
@@ -214,18 +215,6 @@ def own_weight(state: RunningTopK, rows_Q: np.ndarray) -> np.ndarray:
 def list_length(needed_Q: np.ndarray) -> np.ndarray:
     """Powers of two, so that queries of similar need share one search."""
     return 2 ** np.ceil(np.log2(np.maximum(needed_Q, SHORTEST_LIST))).astype(np.int64)
-
-
-def exact_cosines(rows_ND: np.ndarray, ids_Q: np.ndarray, rows_S: np.ndarray, ids_S: np.ndarray) -> np.ndarray:
-    """float64 [S], exact cosines of the queries ids_Q[rows_S] with the pairs ids_S; equal rows_S side by side."""
-    cosine_S = np.empty(len(rows_S))
-    for start in range(0, len(rows_S), ENTRIES_TOGETHER):
-        part = slice(start, start + ENTRIES_TOGETHER)
-        needed_ids, columns_S = np.unique(ids_S[part], return_inverse=True)
-        queries, query_S = np.unique(rows_S[part], return_inverse=True)
-        query_RD, base_BD = read_rows(rows_ND, ids_Q[queries]), read_rows(rows_ND, needed_ids)
-        cosine_S[part] = exact_runs(query_RD, base_BD, query_S, columns_S)
-    return cosine_S
 
 
 def near_entries(

@@ -1,5 +1,5 @@
-"""The mining programs: `search` makes a PairTable, `verify` recomputes rows of it, `inspect` prints its numbers, `gallery`
-shows it as a page."""
+"""The mining programs: `search` makes a PairTable, `append` goes on from one when the data grew, `verify` recomputes rows of it,
+`inspect` prints its numbers, `gallery` shows it as a page."""
 
 import inspect
 import os
@@ -7,16 +7,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from mining.command_line import nearest, parse, run
 
+if TYPE_CHECKING:
+    from mining.pair_table import PairTable
+
 PROGRAM = "python -m mining.main"
 DESCRIPTION = """Find the hard pairs of a data set: for every image-text pair the pairs that are close to it in image AND in
-text. Order of use: search, then verify, inspect and gallery to look at the result. `python -m mining.main COMMAND --help` lists
-the flags of a command."""
+text. Order of use: search (append when the data grew), then verify, inspect and gallery to look at the result.
+`python -m mining.main COMMAND --help` lists the flags of a command."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,11 @@ class Search:
     """The same for the text cosine."""
     floor: float = 0.0
     """Hard pairs must score strictly above this."""
+    false_negative_margin: float | None = None
+    """Take out likely false negatives: hard pairs of which one's image fits the other's text as well as its own, or worse by at
+    most this cosine (0.05, say). Needs a model whose images and texts share a space. Left out: no test."""
+    hub_cap: int | None = None
+    """Leave a pair in at most so many lists, those where it scores highest, and take it out of the others. Left out: no cap."""
     noise_alignment_quantile: float = 0.0
     """Share of the pairs, those whose own image and text agree least, to mark as noise: not to be used as anchors."""
     queries: str | None = None
@@ -78,6 +86,39 @@ class Search:
     """Compare the embeddings with their checksums first (rank 0)."""
     resume: bool = True
     """Go on with an interrupted search, keep a finished one; --no-resume starts afresh."""
+
+
+@dataclass(frozen=True)
+class Append:
+    """Make the PairTable of a data set that grew from the table of its first pairs, with the work that the new pairs need.
+
+    The old pairs must have kept their ids, 0 to M-1, and their embeddings, to the byte, with the new ones behind them; this is
+    checked. All limits are those of the old table. The result has the bytes of a search of all pairs. Interrupted? Run the same
+    command again. Ranks share the work as in search.
+
+    Example: python -m mining.main append --pairs pairs/a --embeddings embeddings/grown --out pairs/grown
+    """
+
+    pairs: Path
+    """PairTable folder of the first pairs, from an exact search; it stays as it is."""
+    embeddings: Path
+    """EmbeddingStore folder of all pairs."""
+    out: Path
+    """PairTable folder to write."""
+    backend: Literal["fused", "reference"] = "fused"
+    """fused: streams the embeddings from disk. reference: the definition in plain products, the same answer, slower."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one (each local rank its own)."""
+    queries: str | None = None
+    """Do only the pairs START:STOP and stop: one piece of a job array."""
+    block: int | None = None
+    """Pairs committed at a time: what a kill can lose. Left out: what suits backend and device."""
+    patience_s: float = 60.0
+    """Seconds without a sign of life after which the other ranks take over a rank's blocks."""
+    check_embeddings: bool = True
+    """Compare all embeddings with their checksums first (rank 0); those of the old pairs are compared in any case."""
+    resume: bool = True
+    """Go on with an interrupted run, keep a finished table; --no-resume starts afresh."""
 
 
 @dataclass(frozen=True)
@@ -136,11 +177,12 @@ class Gallery:
 
 Command = (
     Annotated[Search, tyro.conf.subcommand("search")]
+    | Annotated[Append, tyro.conf.subcommand("append")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Gallery, tyro.conf.subcommand("gallery")]
 )
-COMMANDS = {"search": Search, "verify": Verify, "inspect": Inspect, "gallery": Gallery}
+COMMANDS = {"search": Search, "append": Append, "verify": Verify, "inspect": Inspect, "gallery": Gallery}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -157,7 +199,8 @@ def main(arguments: Sequence[str]) -> None:
     config = parse(
         config_type, program=f"{PROGRAM} {name}", description=inspect.cleandoc(config_type.__doc__), arguments=rest
     )
-    {"search": run_search, "verify": run_verify, "inspect": run_inspect, "gallery": run_gallery}[name](config)
+    programs = {"search": run_search, "append": run_append, "verify": run_verify, "inspect": run_inspect}
+    (programs | {"gallery": run_gallery})[name](config)
 
 
 def run_search(config: Search) -> None:
@@ -165,16 +208,16 @@ def run_search(config: Search) -> None:
     from mining.backends import BackendChoice
     from mining.embedding_store import EmbeddingStore
     from mining.problem import SearchLimits
+    from mining.pruning import Pruning
     from mining.ranks import RankPlace
     from mining.search import search_pairs
-    from mining.summary import read_summary, summary_text
 
     place = RankPlace.from_environment()
     share_cores(place.local_world_size)
     names = ("backend", "device", "index", "nlist", "nprobe", "exact", "seed", "helip_compat", "helip_subset")
     choice = BackendChoice(**{name: getattr(config, name) for name in names})
     limits = SearchLimits(config.k, config.image_ceiling, config.text_ceiling, config.floor)
-    queries = None if config.queries is None else parsed_range(config.queries)
+    pruning = Pruning(config.false_negative_margin, config.hub_cap)
     store = EmbeddingStore.open(config.embeddings)
     if place.rank == 0 and config.check_embeddings:
         store.verify_contents()
@@ -183,8 +226,9 @@ def run_search(config: Search) -> None:
         config.out,
         limits,
         choice=choice,
+        pruning=pruning,
         noise_alignment_quantile=config.noise_alignment_quantile,
-        queries=queries,
+        queries=parsed_range(config.queries),
         block=config.block,
         resume=config.resume,
         show_progress=place.rank == 0,
@@ -192,8 +236,41 @@ def run_search(config: Search) -> None:
         patience_s=config.patience_s,
         recall_rows=config.recall_sample,
     )
-    if place.rank != 0:
-        return
+    if place.rank == 0:
+        print_result(table, config)
+
+
+def run_append(config: Append) -> None:
+    from mining.backends import BackendChoice
+    from mining.embedding_store import EmbeddingStore
+    from mining.pair_table import PairTable
+    from mining.ranks import RankPlace
+    from mining.search import append_pairs
+
+    place = RankPlace.from_environment()
+    share_cores(place.local_world_size)
+    old, store = PairTable.open(config.pairs), EmbeddingStore.open(config.embeddings)
+    if place.rank == 0 and config.check_embeddings:
+        store.verify_contents()
+    table = append_pairs(
+        old,
+        store,
+        config.out,
+        choice=BackendChoice(backend=config.backend, device=config.device),
+        queries=parsed_range(config.queries),
+        block=config.block,
+        resume=config.resume,
+        show_progress=place.rank == 0,
+        place=place,
+        patience_s=config.patience_s,
+    )
+    if place.rank == 0:
+        print_result(table, config)
+
+
+def print_result(table: "PairTable | None", config: Search | Append) -> None:
+    from mining.summary import read_summary, summary_text
+
     if table is None:
         print(f"pairs {config.queries} are searched; {config.out} is finished by the search that completes the others")
         return
@@ -212,8 +289,10 @@ def share_cores(local_world_size: int) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
 
 
-def parsed_range(text: str) -> range:
-    """START:STOP; ValueError for anything else."""
+def parsed_range(text: str | None) -> range | None:
+    """START:STOP; ValueError for anything else, None for none."""
+    if text is None:
+        return None
     try:
         start, stop = (int(number) for number in text.split(":"))
     except ValueError:

@@ -11,6 +11,7 @@ import numpy as np
 
 from mining.array_folder import ArrayFolderWriter, ArraySpec, open_arrays, verify_contents
 from mining.problem import CAUSES, NO_PAIR
+from mining.pruning import Pruning
 
 KIND = "PairTable"
 VERSION = 1
@@ -26,6 +27,10 @@ class PairTable:
     duplicates left out, and num_excluded_NC by cause; excluded_example_NC, the lowest excluded id of each cause or
     -1; noise_N bool, not to be used as anchor (its list is kept, and it may be somebody's hard pair); manifest with
     k, store_fingerprint, embeddings_fingerprint, parameters; fingerprint.
+
+    A table from which false negatives or hubs were taken (`mining.pruning`) also has the lists as ranked, before that:
+    ranked_ids_NK, ranked_image_similarity_NK, ranked_text_similarity_NK, and why an entry of them is out: false_negative_NK,
+    hub_capped_NK bool. In other tables the ranked lists are the table's own, and the two masks are None.
     """
 
     def __init__(self, path: str | Path, manifest: dict[str, Any], arrays: dict[str, np.ndarray]):
@@ -41,6 +46,12 @@ class PairTable:
         self.num_excluded_NC = arrays["num_excluded_by_cause"]
         self.excluded_example_NC = arrays["excluded_example"]
         self.noise_N = arrays["noise"]
+        self.ranked_ids_NK = arrays.get("ranked_ids", self.pair_ids_NK)
+        self.ranked_image_similarity_NK = arrays.get("ranked_image_similarity", self.image_similarity_NK)
+        self.ranked_text_similarity_NK = arrays.get("ranked_text_similarity", self.text_similarity_NK)
+        self.false_negative_NK = arrays.get("false_negative")
+        self.hub_capped_NK = arrays.get("hub_capped")
+        self.arrays = arrays
 
     def __len__(self) -> int:
         return len(self.pair_ids_NK)
@@ -115,7 +126,10 @@ def pair_table_writer(
     parameters: dict[str, Any],
     resume: bool = True,
 ) -> ArrayFolderWriter:
-    """Writer of a PairTable by blocks of rows (arrays of `array_specs`), resuming one with the same parameters."""
+    """Writer of a PairTable by blocks of rows, resuming one with the same parameters.
+
+    Its arrays are those of `array_specs`, or the ranked lists where `parameters` ask for pruning (`mining.pruning`).
+    """
     if k < 1:
         raise ValueError(f"k={k}, but a PairTable keeps at least 1 hard pair a row")
     fields = {
@@ -125,7 +139,8 @@ def pair_table_writer(
         "parameters": parameters,
         "causes": list(CAUSES),
     }
-    return ArrayFolderWriter(path, KIND, VERSION, num_pairs, array_specs(num_pairs, k), fields=fields, resume=resume)
+    specs = Pruning.of(parameters).searched_specs(array_specs(num_pairs, k))
+    return ArrayFolderWriter(path, KIND, VERSION, num_pairs, specs, fields=fields, resume=resume)
 
 
 def array_specs(num_pairs: int, k: int) -> dict[str, ArraySpec]:

@@ -7,36 +7,37 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from mining.append import AppendSearch, check_grown_from, parameters_of_exact_table, store_contents
 from mining.array_folder import ArrayFolderWriter, refuse_to_replace_another_folder
 from mining.backends import CLUSTERS_FOLDER, BackendChoice, chosen_device, exact_backend, make_backend
 from mining.embedding_store import EmbeddingStore
+from mining.ledger import write_ledger
 from mining.manifest import MANIFEST_NAME
-from mining.pair_table import KIND, PairTable, pair_table_writer
-from mining.problem import NO_PAIR, SearchBackend, SearchLimits, SearchProblem, TopK
+from mining.pair_table import KIND, PairTable, array_specs, pair_table_writer
+from mining.problem import NO_PAIR, SearchBackend, SearchLimits, SearchProblem
+from mining.pruning import FalseNegativeTest, Pruning, finish_lists
 from mining.ranks import LOCK_NAME, RANKS_FOLDER, Meeting, RankPlace, finishing_alone
 from mining.recall import measured_recall
+from mining.share import POLL_S, Share
 from mining.summary import SUMMARY_NAME, summarise
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 0.5
 PATIENCE_S = 60.0
 RECALL_ROWS = 256
 
 
 @dataclass(frozen=True)
 class Job:
-    """One table to make: what is searched, by what, and where it goes."""
+    """One table to make: what is searched, by what, and where it goes; `old`: a table of the first pairs, to go on from."""
 
     store: EmbeddingStore
     out: Path
@@ -46,6 +47,39 @@ class Job:
     device: torch.device
     parameters: dict[str, Any]
     recall_rows: int
+    pruning: Pruning = field(default_factory=Pruning)
+    false_negatives: FalseNegativeTest | None = None
+    old: PairTable | None = None
+
+    @classmethod
+    def of(
+        cls,
+        store: EmbeddingStore,
+        out: str | Path,
+        limits: SearchLimits,
+        pruning: Pruning,
+        noise_alignment_quantile: float,
+        choice: BackendChoice,
+        place: RankPlace,
+        *,
+        recall_rows: int = RECALL_ROWS,
+        old: PairTable | None = None,
+    ) -> "Job":
+        """Checks that the store has what is asked for; ValueError otherwise."""
+        refuse_to_replace_another_folder(Path(out), KIND)
+        if pruning and choice.helip_compat:
+            raise ValueError(
+                "helip_compat reproduces the released ranking as it is; leave out false_negative_margin and hub_cap"
+            )
+        tail_N = lowest_alignment(store, noise_alignment_quantile)
+        parameters = {**asdict(limits), "noise_alignment_quantile": noise_alignment_quantile, **choice.parameters()}
+        parameters |= pruning.parameters()
+        test = None
+        if pruning.false_negative_margin is not None:
+            known = None if old is None else (old.ranked_ids_NK, old.false_negative_NK)
+            test = FalseNegativeTest(store, pruning.false_negative_margin, known)
+        problem, device = SearchProblem.of(store, limits), chosen_device(choice, place.local_rank)
+        return cls(store, Path(out), problem, tail_N, choice, device, parameters, recall_rows, pruning, test, old)
 
     def writer(self, *, resume: bool) -> ArrayFolderWriter:
         return pair_table_writer(
@@ -64,15 +98,43 @@ class Job:
     def is_being_finished(self) -> bool:
         return any(self.out.parent.glob(f".{self.out.name}.partial-*/{MANIFEST_NAME}"))
 
+    def rows(self, searcher: SearchBackend, query_ids_Q: np.ndarray) -> dict[str, np.ndarray]:
+        """Rows of every array that is written block by block."""
+        top = searcher.search(query_ids_Q)
+        noise_Q = (top.ids_QK[:, 0] == NO_PAIR) | self.tail_N[query_ids_Q] | ~self.problem.valid_N[query_ids_Q]
+        lists = {
+            "pair_ids": top.ids_QK,
+            "image_similarity": top.image_similarity_QK,
+            "text_similarity": top.text_similarity_QK,
+        }
+        if self.pruning:
+            lists = {f"ranked_{name.removeprefix('pair_')}": values for name, values in lists.items()}
+        if self.false_negatives is not None:
+            lists["false_negative"] = self.false_negatives.of(query_ids_Q, top.ids_QK)
+        return {
+            **lists,
+            "certified": top.certified_Q,
+            "num_excluded": top.num_excluded_QC.sum(axis=1),
+            "num_excluded_by_cause": top.num_excluded_QC,
+            "excluded_example": top.excluded_example_QC,
+            "noise": noise_Q,
+        }
+
     def finish(self, writer: ArrayFolderWriter, timing: dict[str, Any]) -> PairTable:
-        """Summary, measured recall, manifest, rename; one process does it."""
-        tables = {name: writer.read_rows(name) for name in writer.specs}
+        """Final lists, ledger, summary, measured recall, manifest, rename; one process does it."""
+        finish_lists(writer, self.pruning, array_specs(len(self.store), self.problem.limits.k))
+        tables = {name: writer.read_rows(name) for name in [*writer.specs, *writer.derived_specs]}
         facts: dict[str, Any] = {"backend": self.choice.backend, "device": self.device.type}
         if not self.choice.searches_exactly:
             exact = exact_backend(self.problem, self.device)
+            ranked_ids_NK = tables.get("ranked_ids", tables["pair_ids"])
             drawn = {"num_rows": self.recall_rows, "seed": self.choice.seed}
-            facts["recall"] = measured_recall(tables["pair_ids"], self.problem.valid_N, exact, **drawn).json()
+            facts["recall"] = measured_recall(ranked_ids_NK, self.problem.valid_N, exact, **drawn).json()
+        facts["embeddings"] = store_contents(self.store)
         summary = summarise(tables, self.problem.valid_N, self.tail_N)
+        summary["ledger"] = write_ledger(writer.partial, tables, self.store, self.tail_N)
+        if self.old is not None:
+            summary["appended"] = {"old_pairs": len(self.old), "new_pairs": len(self.store) - len(self.old)}
         summary |= {**timing, "parameters": self.parameters, "path": str(self.out)}
         writer.finish(files={SUMMARY_NAME: summary}, facts=facts, scratch=(RANKS_FOLDER, CLUSTERS_FOLDER))
         # Last: until the rename it kept others from finishing as well.
@@ -86,6 +148,7 @@ def search_pairs(
     limits: SearchLimits,
     *,
     choice: BackendChoice | None = None,
+    pruning: Pruning | None = None,
     noise_alignment_quantile: float = 0.0,
     queries: range | None = None,
     block: int | None = None,
@@ -98,31 +161,73 @@ def search_pairs(
     """Find the k hard pairs of every pair of `store` and write them as the PairTable `out`.
 
     An exact search has the same bytes for every backend, block size, number of ranks and number of interruptions.
-    `choice`: backend and its settings. `queries`: search only these pairs (step 1) and leave the table unfinished, None
-    is returned, unless all others are there already. `block`: queries committed at a time, by default what suits the
-    backend. `resume`: keep an unfinished or finished table of the same store and parameters.
+    `choice`: backend and its settings. `pruning`: likely false negatives and hubs to take out of the lists afterwards.
     `noise_alignment_quantile` in [0, 1): share of the valid pairs, those of lowest own image-text alignment, that are
-    marked as noise. Every rank searches its share of the blocks, takes over those of ranks that gave no sign of life for
-    `patience_s` seconds, and returns the finished table. `recall_rows`: where the search is not exact, rows searched
-    exactly to measure it; the manifest's facts hold the result. Raises ValueError for parameters out of range, a device
-    that is not there, or a quantile on a store without alignment.
+    marked as noise. `queries`: search only these pairs (step 1) and leave the table unfinished, None is returned, unless
+    all others are there already. `block`: queries committed at a time, by default what suits the backend. `resume`: keep
+    an unfinished or finished table of the same store and parameters. Every rank searches its share of the blocks, takes
+    over those of ranks that gave no sign of life for `patience_s` seconds, and returns the finished table. `recall_rows`:
+    where the search is not exact, rows searched exactly to measure it; the manifest's facts hold the result. Raises
+    ValueError for parameters out of range, a device that is not there, and a quantile or a margin on a store without
+    alignment.
     """
     choice, place = choice or BackendChoice(), place or RankPlace()
-    queries = queries_within(queries, len(store))
+    job = Job.of(
+        store, out, limits, pruning or Pruning(), noise_alignment_quantile, choice, place, recall_rows=recall_rows
+    )
+    return complete(job, queries, block, resume, show_progress, place, patience_s)
+
+
+def append_pairs(
+    old: PairTable,
+    store: EmbeddingStore,
+    out: str | Path,
+    *,
+    choice: BackendChoice | None = None,
+    queries: range | None = None,
+    block: int | None = None,
+    resume: bool = True,
+    show_progress: bool = False,
+    place: RankPlace | None = None,
+    patience_s: float = PATIENCE_S,
+) -> PairTable | None:
+    """Write the PairTable `out` of a `store` that grew: its first pairs, with the same ids, are those that `old` was made from.
+
+    The new pairs are searched among all, the old ones among the new alone. The table, its certificates included, has the bytes of
+    one made by `search_pairs` with the parameters of `old`, and an interrupted one may be finished by either. Other arguments as
+    there. Raises ValueError when `old` is not exact, or its embeddings, groups or alignments are not those of the first pairs of
+    `store`, and for a backend other than fused or reference.
+    """
+    choice, place = choice or BackendChoice(), place or RankPlace()
+    if choice.backend not in ("fused", "reference") or choice.helip_compat:
+        raise ValueError(f"backend={choice.backend!r} cannot go on from a table; use 'fused' or 'reference' to append")
+    if Path(out).resolve() == old.path.resolve():
+        raise ValueError(f"{out} is the table to go on from, it is needed until the end; choose another output path")
+    limits, pruning, quantile = parameters_of_exact_table(old)
+    check_grown_from(store, old)
+    job = Job.of(store, out, limits, pruning, quantile, choice, place, old=old)
+    return complete(job, queries, block, resume, show_progress, place, patience_s)
+
+
+def complete(
+    job: Job,
+    queries: range | None,
+    block: int | None,
+    resume: bool,
+    show_progress: bool,
+    place: RankPlace,
+    patience_s: float,
+) -> PairTable | None:
+    queries = queries_within(queries, len(job.store))
     if block is not None and block < 1:
         raise ValueError(f"block={block}, but a block needs at least 1 query")
     if place.world_size > 1 and not resume:
         raise ValueError(
-            f"starting afresh with {place.world_size} ranks would let one delete another's blocks; remove {out} first"
+            f"starting afresh with {place.world_size} ranks would let one delete another's blocks; remove {job.out} first"
         )
-    refuse_to_replace_another_folder(Path(out), KIND)
-    tail_N = lowest_alignment(store, noise_alignment_quantile)
-    parameters = {**asdict(limits), "noise_alignment_quantile": noise_alignment_quantile, **choice.parameters()}
-    problem, device = SearchProblem.of(store, limits), chosen_device(choice, place.local_rank)
-    job = Job(store, Path(out), problem, tail_N, choice, device, parameters, recall_rows)
     if resume and (finished := job.finished()):
         if show_progress:
-            print(f"{out} is complete already, made from the same embeddings and parameters", file=sys.stderr)
+            print(f"{job.out} is complete already, made from the same embeddings and parameters", file=sys.stderr)
         return finished
     while True:
         try:
@@ -167,8 +272,11 @@ def run_job(
     num_done = int(writer.rows_done.sum())
     with Meeting(writer.partial, place, patience_s) as meeting:
         searcher = make_backend(job.choice, job.problem, job.device, writer.partial)
-        share = Share(job, writer, searcher, meeting, queries, block or searcher.queries_together)
-        with share.progress(show_progress):
+        if job.old is not None:
+            searcher = AppendSearch(job.problem, searcher, job.old)
+        block = block or searcher.queries_together
+        share = Share(writer, meeting, queries, block, partial(job.rows, searcher))
+        with share.progress(f"search ({searcher.name})", show=show_progress):
             share.search_own()
             share.search_abandoned()
         if not writer.refresh().all():
@@ -184,98 +292,6 @@ def run_job(
             return job.finish(writer, {"seconds": seconds, "num_searched": len(job.store) - num_done})
 
 
-class Share:
-    """One rank's part of the work: every world_size-th block, and later what dead ranks left."""
-
-    def __init__(
-        self,
-        job: Job,
-        writer: ArrayFolderWriter,
-        searcher: SearchBackend,
-        meeting: Meeting,
-        queries: range,
-        block: int,
-    ):
-        self.job, self.writer, self.searcher, self.meeting = job, writer, searcher, meeting
-        self.queries = queries
-        self.ranges = [(start, min(start + block, queries.stop)) for start in range(queries.start, queries.stop, block)]
-        self.bar: tqdm | None = None
-
-    @contextmanager
-    def progress(self, show_progress: bool) -> Iterator[None]:
-        """A bar over the rows of all ranks."""
-        with tqdm(
-            total=len(self.queries),
-            initial=self._num_done(),
-            desc=f"search ({self.searcher.name})",
-            unit="pair",
-            unit_scale=True,
-            dynamic_ncols=True,
-            mininterval=0.5,
-            disable=not show_progress,
-        ) as self.bar:
-            yield
-
-    def search_own(self) -> None:
-        place = self.meeting.place
-        for start, stop in self.ranges[place.rank :: place.world_size]:
-            if not self.writer.rows_done[start:stop].all():
-                self._search(start, stop)
-        self.meeting.tell(is_working=False)
-
-    def search_abandoned(self) -> None:
-        """Return once all rows are on disk: searched by their ranks, or here where a rank is not at work any more."""
-        place, told = self.meeting.place, set()
-        while True:
-            rows_done = self.writer.refresh()
-            self._show()
-            missing = [number for number, (a, b) in enumerate(self.ranges) if not rows_done[a:b].all()]
-            if not missing:
-                return
-            at_work = self.meeting.ranks_at_work()
-            abandoned = [number for number in missing if number % place.world_size not in at_work]
-            if not abandoned:
-                time.sleep(POLL_S)
-                continue
-            owners = {number % place.world_size for number in abandoned} - {place.rank}
-            if owners - told:
-                self._tell_of(sorted(owners - told))
-                told |= owners
-            # Ranks that wait together begin at different blocks.
-            self._search(*self.ranges[abandoned[place.rank % len(abandoned)]])
-
-    def _search(self, start: int, stop: int) -> None:
-        query_ids_Q = np.arange(start, stop)
-        top = self.searcher.search(query_ids_Q)
-        if self.meeting.place.world_size > 1 and self.writer.refresh()[start:stop].all():
-            # Taken over by two ranks, and the other was faster.
-            return
-        noise_Q = (top.ids_QK[:, 0] == NO_PAIR) | self.job.tail_N[query_ids_Q] | ~self.job.problem.valid_N[query_ids_Q]
-        self.writer.write_rows(start, table_rows(top, noise_Q))
-        self._show()
-
-    def _num_done(self) -> int:
-        return int(self.writer.rows_done[self.queries.start : self.queries.stop].sum())
-
-    def _show(self) -> None:
-        if self.bar is not None:
-            self.bar.update(self._num_done() - self.bar.n)
-
-    def _tell_of(self, ranks: list[int]) -> None:
-        place = self.meeting.place
-        silent = [rank for rank in ranks if rank in self.meeting.silent_ranks()]
-        if silent:
-            logger.warning(
-                "rank %d of %d has waited: no sign of life from rank %s for %g s, it searches their blocks itself (was the "
-                "job started through a launcher? WORLD_SIZE=%d comes from the environment)",
-                place.rank,
-                place.world_size,
-                ", ".join(map(str, silent)),
-                self.meeting.patience_s,
-                place.world_size,
-            )
-
-
 def queries_within(queries: range | None, num_pairs: int) -> range:
     """All pairs for None; ValueError for a range that is empty, has steps, or reaches past the last pair."""
     if queries is None:
@@ -285,19 +301,6 @@ def queries_within(queries: range | None, num_pairs: int) -> range:
             f"queries={queries.start}:{queries.stop} must be a range START:STOP of the pairs 0:{num_pairs}, not empty"
         )
     return queries
-
-
-def table_rows(top: TopK, noise_Q: np.ndarray) -> dict[str, np.ndarray]:
-    return {
-        "pair_ids": top.ids_QK,
-        "image_similarity": top.image_similarity_QK,
-        "text_similarity": top.text_similarity_QK,
-        "certified": top.certified_Q,
-        "num_excluded": top.num_excluded_QC.sum(axis=1),
-        "num_excluded_by_cause": top.num_excluded_QC,
-        "excluded_example": top.excluded_example_QC,
-        "noise": noise_Q,
-    }
 
 
 def lowest_alignment(store: EmbeddingStore, quantile: float) -> np.ndarray:

@@ -17,6 +17,9 @@ LENGTH_PRODUCT_BOUND = 1.02
 FLOAT32_ROUNDING = 2.0**-24
 # Entries of a tile that are cheaper to compute one by one than as a whole float64 tile: below one in this many.
 SPARSE_SHARE = 32
+# Entries whose cosines are computed together.
+ENTRIES_TOGETHER = 65536
+ROWS_TOGETHER = 4096
 
 
 def load_rows(rows_ND: np.ndarray, ids: slice | np.ndarray) -> torch.Tensor:
@@ -64,6 +67,33 @@ def exact_runs(query_QD: np.ndarray, base_BD: np.ndarray, rows_S: np.ndarray, co
     for start, stop in zip(first, np.append(first[1:], len(rows_S)), strict=True):
         base_RD = base_BD[columns_S[start:stop]].astype(np.float64)
         cosine_S[start:stop] = base_RD @ query_QD[rows_S[start]].astype(np.float64)
+    return cosine_S
+
+
+def exact_cosines(
+    query_ND: np.ndarray, base_ND: np.ndarray, ids_Q: np.ndarray, rows_S: np.ndarray, ids_S: np.ndarray
+) -> np.ndarray:
+    """float64 [S], exact cosines of row ids_Q[rows_S] of `query_ND` with row ids_S of `base_ND`, float16 unit rows of one width;
+    equal rows_S side by side."""
+    cosine_S = np.empty(len(rows_S))
+    for start in range(0, len(rows_S), ENTRIES_TOGETHER):
+        part = slice(start, start + ENTRIES_TOGETHER)
+        needed_ids, columns_S = np.unique(ids_S[part], return_inverse=True)
+        queries, query_S = np.unique(rows_S[part], return_inverse=True)
+        query_RD, base_BD = read_rows(query_ND, ids_Q[queries]), read_rows(base_ND, needed_ids)
+        cosine_S[part] = exact_runs(query_RD, base_BD, query_S, columns_S)
+    return cosine_S
+
+
+def entry_cosines(
+    query_ND: np.ndarray, base_ND: np.ndarray, query_ids_S: np.ndarray, base_ids_S: np.ndarray
+) -> np.ndarray:
+    """float64 [S], exact cosines of row query_ids_S of `query_ND` with row base_ids_S of `base_ND`, in any order."""
+    cosine_S = np.empty(len(query_ids_S))
+    for start in range(0, len(cosine_S), ROWS_TOGETHER):
+        part = slice(start, start + ROWS_TOGETHER)
+        query_RD, base_RD = read_rows(query_ND, query_ids_S[part]), read_rows(base_ND, base_ids_S[part])
+        cosine_S[part] = np.einsum("rd,rd->r", query_RD.astype(np.float64), base_RD.astype(np.float64))
     return cosine_S
 
 
