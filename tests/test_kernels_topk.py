@@ -2,14 +2,17 @@
 input."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 
 from kernels import product_topk
 from kernels.topk import TopK
 from kernels.topk.blockwise import Tiles, product_topk_blockwise
+from kernels.topk.function import OPERATION
 from kernels.topk.problem import Problem
 
 
@@ -91,12 +94,13 @@ def test_blockwise_equals_the_definition(dtype, k, limits):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=1e-15)
 
 
-@pytest.mark.parametrize("tiles", [(64, 64, 3), (100, 7, 8), (230, 64, 100), (1, 1000, 33)])
+@pytest.mark.parametrize("tiles", [(64, 64, 3), (20, 7, 16), (58, 64, 100), (5, 1000, 33)])
 @pytest.mark.parametrize("k", [2, 30])
 def test_any_tiling_gives_the_same_bits(tiles, k):
     base = towers(230)
-    queries, groups = torch.arange(230), torch.arange(230) // 2
-    problem = Problem(tuple(base), tuple(base), k, queries, (None, (groups, groups)), (0.9, 0.9), 0.01)
+    queries, groups = torch.arange(0, 230, 4), torch.arange(230) // 2
+    rows = tuple(tower[queries] for tower in base)
+    problem = Problem(rows, tuple(base), k, queries, (None, (groups[queries], groups)), (0.9, 0.9), 0.01)
     answer, excluded = product_topk_blockwise(problem)
     found, found_excluded = product_topk_blockwise(problem, Tiles(tiles[0], tiles[1], tiles[2]))
     for value, wanted in zip(found.columns(), answer.columns(), strict=True):
@@ -173,6 +177,59 @@ def test_search_in_parts_of_the_base_goes_on_from_the_score_reached(backend, spr
     assert ids.equal(whole.ids_QK)
     # Without the floor every part would list twelve for nearly every query.
     assert listed < 3 * 30 * 12 * 0.8
+
+
+def every_setting(num_rows: int) -> dict[str, Any]:
+    groups = torch.arange(num_rows) // 3
+    return {
+        "image_group_Q": groups,
+        "image_group_N": groups,
+        "text_group_Q": groups // 2,
+        "text_group_N": groups // 2,
+        "image_ceiling": 0.8,
+        "text_ceiling": 0.75,
+        "floor": torch.full((num_rows,), 0.1, dtype=torch.float64),
+        "valid_N": torch.arange(num_rows) % 7 != 3,
+    }
+
+
+@pytest.mark.parametrize(("mode", "with_settings"), [(torch.inference_mode, False), (torch.enable_grad, True)])
+def test_a_model_around_it_compiles_to_one_graph_with_the_same_bits(with_settings, mode):
+    torch._dynamo.reset()
+
+    def mine(image, text, settings):
+        """Something before and after the search, for torch.compile to work on."""
+        base = [F.normalize(rows.float(), dim=1).half() for rows in (image, text)]
+        found = product_topk(*base, *base, 5, query_ids_Q=torch.arange(len(image)), **settings)
+        return dataclasses.replace(found, image_similarity_QK=2 * found.image_similarity_QK)
+
+    compiled = torch.compile(mine, fullgraph=True, backend="aot_eager", dynamic=True)
+    for num_rows in (40, 63):
+        image, text = (rows.float().requires_grad_() for rows in towers(num_rows))
+        settings = every_setting(num_rows) if with_settings else {}
+        with mode():
+            found, expected = compiled(image, text, settings), mine(image, text, settings)
+        assert_equal(found, expected)
+        assert not found.image_similarity_QK.requires_grad
+        assert (found.num_excluded_Q.sum() > 0) == with_settings
+
+
+@pytest.mark.parametrize("with_settings", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "blockwise"])
+def test_torch_finds_nothing_wrong_with_the_operation(backend, with_settings):
+    base = towers(30)
+    values = every_setting(30) if with_settings else dict.fromkeys(every_setting(30))
+    groups = [values[name] for name in ("image_group_Q", "image_group_N", "text_group_Q", "text_group_N")]
+    limits = [values["image_ceiling"] or 1.0, values["text_ceiling"] or 1.0, 0.0, values["floor"], values["valid_N"]]
+    verdict = torch.library.opcheck(OPERATION, (*base, *base, 4, torch.arange(30), *groups, *limits, backend))
+    assert set(verdict.values()) == {"SUCCESS"}
+
+
+def test_autocast_around_the_call_changes_no_bit():
+    base = towers(60, dtype=torch.float32)
+    expected = search(base, torch.arange(60), 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_equal(search(base, torch.arange(60), 5), expected)
 
 
 def test_matrix_precision_is_as_before_afterwards():

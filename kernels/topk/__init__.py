@@ -5,12 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.rows.checks import choose_backend
+from kernels.rows.checks import check_backend
 from kernels.rows.function import FEATURE_DTYPES
-from kernels.rows.precision import without_autocast
-from kernels.topk.blockwise import product_topk_blockwise
+from kernels.topk.function import search
 from kernels.topk.problem import CAUSES, GroupPair, Problem
-from kernels.topk.reference import product_topk_reference
 
 __all__ = ["CAUSES", "TopK", "product_topk"]
 
@@ -34,7 +32,6 @@ class TopK:
 
 
 @torch.no_grad()
-@without_autocast
 def product_topk(
     query_image_QD: Tensor,
     query_text_QD: Tensor,
@@ -69,8 +66,8 @@ def product_topk(
     logs its choice once.
 
     Similarities and order are decided in float64 on the rows as given. The base is prepared once for thousands of
-    queries: few large calls are faster than many small ones. Raises ValueError for a wrong shape, dtype, device, limit,
-    or a row that is not finite.
+    queries: few large calls are faster than many small ones. No gradient flows through it; torch.compile takes the
+    call whole. Raises ValueError for a wrong shape, dtype, device, limit, or a row that is not finite.
     Source: HELIP (arXiv 2305.05208), hard pair mining, with the product clamped: two dissimilarities make no hard pair.
     """
     problem = Problem(
@@ -83,24 +80,10 @@ def product_topk(
         floor,
         valid_N,
     )
+    check_backend(backend)
     _check(problem)
-    chosen = choose_backend("product_topk", backend, query_image_QD.device.type)
-    if chosen == "reference":
-        ids_QK, image_QK, text_QK, num_excluded_QC, example_QC = product_topk_reference(problem)
-    else:
-        answer, excluded = _search_of(chosen)(problem)
-        ids_QK, image_QK, text_QK = answer.ids_QK, answer.image_similarity_QK, answer.text_similarity_QK
-        num_excluded_QC, example_QC = excluded.num_excluded_QC, excluded.excluded_example_QC
+    ids_QK, image_QK, text_QK, num_excluded_QC, example_QC = search(problem, backend)
     return TopK(ids_QK, image_QK, text_QK, num_excluded_QC.sum(1), num_excluded_QC, example_QC)
-
-
-def _search_of(backend: str):
-    if backend == "blockwise":
-        return product_topk_blockwise
-    # Only who asks for Triton loads it.
-    from kernels.topk.blocks import product_topk_triton
-
-    return product_topk_triton
 
 
 def _group_pair(group_Q: Tensor | None, group_N: Tensor | None, name: str) -> GroupPair | None:
@@ -158,7 +141,5 @@ def _check_limits(problem: Problem) -> None:
                 f"floor must be one number, or float64 with one for each of {problem.num_queries} queries, "
                 f"not {problem.floor.dtype} {list(problem.floor.shape)}"
             )
-        if not (problem.floor >= 0).all():
-            raise ValueError("floor holds a negative number or NaN; scores are products of cosines, at least 0")
     elif not 0 <= problem.floor < 1:
         raise ValueError(f"floor={problem.floor} is a product of two cosines, it must lie in [0, 1)")
