@@ -78,8 +78,8 @@ def test_only_the_engine_imports_deepspeed():
     assert importers_of("deepspeed") == {"train/engine.py"}
 
 
-def test_only_the_index_imports_faiss():
-    assert importers_of("faiss") == {"mining/index.py"}
+def test_only_the_index_imports_faiss_and_the_benchmark_that_compares_with_it():
+    assert importers_of("faiss") == {"mining/index.py", "kernels/bench/peers.py"}
 
 
 def test_only_named_files_import_torch_distributed():

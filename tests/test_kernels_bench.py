@@ -89,12 +89,13 @@ def test_a_gpus_table_has_rates_and_a_missing_peer_shows_as_a_dash():
     lines = rows(timings, OPERATIONS["contrastive"])
     assert [line["ratio_to_peer"] for line in lines] == [None, None]
     assert [line["ratio_to_floor"] for line in lines] == [2.0, 1.0]
+    assert [line["ratio_of_ours"] for line in lines] == [1.0, 2.0]
     for line in lines:
         line.update(rates(1e12, line["median_ms"], 500.0))
     text = table({"operation": "contrastive", "matmul_peak_tflops": 500.0, "timings": lines}).splitlines()
     assert text[0] == "operation contrastive, matmul_peak_tflops 500.0"
     assert text[1].split()[-4:] == ["useful", "TFLOP/s", "of", "peak"]
-    assert text[2].split() == ["contrastive_loss", "4.0", "-", "2.00", "10", "250.0", "50%"]
+    assert text[2].split() == ["contrastive_loss", "4.0", "-", "2.00", "1.00", "10", "250.0", "50%"]
     assert text[3].split()[-3:] == ["-", "500.0", "100%"]
 
 

@@ -82,13 +82,15 @@ def measure_all(
 
 
 def rows(timings: Sequence[Timing], operation: ModuleType) -> list[dict[str, Any]]:
-    """Timings with ratios; None beside a peer that is not installed."""
+    """Timings with ratios, of ours to each too; None beside a peer that is not installed."""
     medians = {timing.name: timing.median_ms for timing in timings}
+    ours_ms = timings[0].median_ms
     return [
         {
             **dataclasses.asdict(timing),
             "ratio_to_peer": timing.median_ms / medians[operation.PEER] if operation.PEER in medians else None,
             "ratio_to_floor": timing.median_ms / medians[operation.FLOOR],
+            "ratio_of_ours": ours_ms / timing.median_ms,
         }
         for timing in timings
     ]
@@ -97,15 +99,16 @@ def rows(timings: Sequence[Timing], operation: ModuleType) -> list[dict[str, Any
 def table(result: dict[str, Any]) -> str:
     description = ", ".join(f"{key} {value}" for key, value in result.items() if key != "timings")
     on_gpu = "matmul_peak_tflops" in result
-    head = f"{'':32}{'median ms':>12}{'of peer':>10}{'of floor':>10}{'extra MiB':>12}"
+    head = f"{'':38}{'median ms':>12}{'of peer':>10}{'of floor':>10}{'ours of it':>12}{'extra MiB':>12}"
     lines = [description, head + (f"{'useful TFLOP/s':>16}{'of peak':>9}" if on_gpu else "")]
     for row in result["timings"]:
         memory = "-" if row["peak_extra_mib"] is None else f"{row['peak_extra_mib']:.0f}"
         of_peer = "-" if row["ratio_to_peer"] is None else f"{row['ratio_to_peer']:.2f}"
-        numbers = f"{row['median_ms']:>12.1f}{of_peer:>10}{row['ratio_to_floor']:>10.2f}{memory:>12}"
+        ratios = f"{of_peer:>10}{row['ratio_to_floor']:>10.2f}{row['ratio_of_ours']:>12.2f}"
+        numbers = f"{row['median_ms']:>12.1f}{ratios}{memory:>12}"
         if on_gpu:
             numbers += f"{row['useful_tflops']:>16.1f}{row['percent_of_matmul_peak']:>8.0f}%"
-        lines.append(f"  {row['name']:30}{numbers}")
+        lines.append(f"  {row['name']:36}{numbers}")
     return "\n".join(lines)
 
 

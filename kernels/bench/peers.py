@@ -1,6 +1,7 @@
 """Published implementations that the benchmarks and tests compare with."""
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -22,6 +23,26 @@ def open_clip_loss() -> ModuleType | None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def flat_faiss_search(base_NE: Tensor, query_QE: Tensor, num_candidates: int) -> Callable[[], None] | None:
+    """A search of faiss's exact inner-product index over float32 rows on the CPU, with torch's number of threads.
+
+    None where faiss is not installed.
+    """
+    if importlib.util.find_spec("faiss") is None:
+        return None
+    # After torch, and only here: the other way round the libraries of both collide.
+    import faiss
+
+    index = faiss.IndexFlatIP(base_NE.shape[1])
+    index.add(base_NE.numpy())
+
+    def search() -> None:
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        index.search(query_QE.numpy(), num_candidates)
+
+    return search
 
 
 def linear_cross_entropy_twice(image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor) -> Tensor:

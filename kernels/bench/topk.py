@@ -1,4 +1,5 @@
-"""Contenders for `product_topk`: the plain torch way (two products, clamp, multiply, topk) in blocks of queries."""
+"""Contenders for `product_topk` from float16 rows: the plain torch way (two products, clamp, multiply, topk) in blocks of
+queries, and on the CPU a flat faiss index over both towers side by side."""
 
 from collections.abc import Iterator
 
@@ -6,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.bench.measure import Contender
+from kernels.bench.peers import flat_faiss_search
 from kernels.topk import product_topk
 
 PEER = "plain torch"
@@ -15,6 +17,8 @@ BATCHES = (50_000,)
 NUM_QUERIES = 2048
 K = 100
 BLOCK = 512
+# What an approximate miner lists by the sum of both similarities, to rank by their product later.
+FAISS_CANDIDATES = 256
 
 
 def cases(batches: list[int], device: torch.device) -> Iterator[tuple[dict, list[Contender]]]:
@@ -34,16 +38,25 @@ def contenders(num_pairs: int, num_queries: int, device: torch.device) -> list[C
         return [top.image_similarity_QK * top.text_similarity_QK]
 
     def plain() -> list[Tensor]:
+        # Once, which is faster than in every block; the copies are part of its memory.
+        rows = [tower.float() for tower in base]
         return [
-            torch.cat([_plain_block(base, queries[start : start + BLOCK]) for start in range(0, num_queries, BLOCK)])
+            torch.cat([_plain_block(rows, queries[start : start + BLOCK]) for start in range(0, num_queries, BLOCK)])
         ]
 
     def floor() -> None:
+        rows = [tower.float() for tower in base]
         for start in range(0, num_queries, BLOCK):
-            for rows in base:
-                torch.mm(rows[start : start + BLOCK].float(), rows.float().T)
+            for tower in rows:
+                torch.mm(tower[start : start + BLOCK], tower.T)
 
-    return [Contender("product_topk", ours), Contender(PEER, plain, tolerance=1e-5), Contender(FLOOR, floor)]
+    found = [Contender("product_topk", ours), Contender(PEER, plain, tolerance=1e-5)]
+    if device.type == "cpu":
+        both = torch.cat(base, 1).float()
+        search = flat_faiss_search(both, both[:num_queries], min(FAISS_CANDIDATES, num_pairs))
+        # Its lists are candidates, of another order: no answer to compare. Rows are float32 before it starts.
+        found += [] if search is None else [Contender(f"faiss IndexFlatIP, {FAISS_CANDIDATES} candidates", search)]
+    return [*found, Contender(FLOOR, floor)]
 
 
 def clustered_rows(num_pairs: int, seed: int) -> Tensor:
@@ -61,7 +74,7 @@ def clustered_rows(num_pairs: int, seed: int) -> Tensor:
 
 
 def _plain_block(base: list[Tensor], queries: Tensor) -> Tensor:
-    score = (base[0][queries].float() @ base[0].float().T).clamp_(min=0)
-    score.mul_((base[1][queries].float() @ base[1].float().T).clamp_(min=0))
+    score = (base[0][queries] @ base[0].T).clamp_(min=0)
+    score.mul_((base[1][queries] @ base[1].T).clamp_(min=0))
     score[torch.arange(len(queries), device=queries.device), queries] = -1
     return score.topk(min(K, score.shape[1]), dim=1).values
