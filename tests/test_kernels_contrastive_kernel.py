@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import contrastive_gradients, contrastive_loss
-from kernels.contrastive import blockwise
+from kernels.contrastive import blockwise, hardest
 from kernels.contrastive.blockwise import Hinges, accumulation_dtype
 from tests.interpreted import interpreted
 
@@ -266,7 +266,9 @@ ERRORS = {
 def test_accuracy_at_every_loss_level(dtype, gradient_operand, noise):
     image, text = towers(96, 64, noise, dtype)
     scale = torch.tensor(100.0)
-    ours = contrastive_gradients(image, text, scale, backend="triton", gradient_operand=gradient_operand)
+    # What the kernels do by themselves: nothing left to float64 products.
+    with mock.patch.object(hardest, "LEAST_SHARE", 1.0):
+        ours = contrastive_gradients(image, text, scale, backend="triton", gradient_operand=gradient_operand)
     exact = contrastive_gradients(image.double(), text.double(), scale.double(), backend="reference")
     assert relative_error(ours.terms.loss, exact.terms.loss) <= 2e-6
     for name in ("d_image_BD", "d_text_BD"):
@@ -274,6 +276,18 @@ def test_accuracy_at_every_loss_level(dtype, gradient_operand, noise):
         assert relative_error(getattr(ours, name), getattr(exact, name)) <= ERRORS[dtype, gradient_operand]
     # The split pays: the plain operand's error is hundreds of times the precise one's.
     assert relative_error(ours.d_image_BD, exact.d_image_BD) >= (1e-4 if gradient_operand == "fast" else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@interpreted
+def test_at_low_loss_the_kernels_leave_the_hardest_rows_to_exact_products(dtype):
+    image, text = towers(96, 64, 1.3, dtype)
+    settings = {"hard_per_anchor": 1, "margin_weight": 1e-6}
+    ours = contrastive_gradients(image, text, torch.tensor(100.0), backend="triton", **settings)
+    exact = [image.double(), text.double(), torch.tensor(100.0).double()]
+    exact = contrastive_gradients(*exact, backend="reference", **settings)
+    for name in ("d_image_BD", "d_text_BD", "d_logit_scale"):
+        assert relative_error(getattr(ours, name), getattr(exact, name)) <= 5e-7
 
 
 @interpreted
