@@ -125,8 +125,9 @@ class Append:
 class Verify:
     """Recompute rows of a PairTable in float64 from the embeddings; exit code 1 when any is not what the definition says.
 
-    Checks ids, order, cosines, exclusions, counts and noise marks of rows drawn at random, by another path than the search.
-    Rows that are not certified may lack hard pairs: those are counted, not an error.
+    Checks ids, order, cosines, exclusions, counts and noise marks of rows drawn at random, by another path than the search; marks
+    of false negatives and what is left of those rows; every hub over its cap; rows of excluded.parquet drawn at random. Rows that
+    are not certified may lack hard pairs: those are counted, not an error.
 
     Example: python -m mining.main verify --pairs pairs/a --embeddings embeddings/a --sample 10000
     """
@@ -315,7 +316,7 @@ def run_verify(config: Verify) -> None:
         show_progress=True,
     )
     print(report.text())
-    if report.num_wrong:
+    if not report.is_correct:
         sys.exit(1)
 
 

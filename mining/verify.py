@@ -1,7 +1,9 @@
 """The check of a finished PairTable against the definition: rows drawn at random, recomputed in float64 by another path.
 
 Nothing of the search is used here: whole tiles of float64 cosines (exact for float16 unit rows), dense masks of what is
-excluded, and comparisons. A row of equal scores may list other ids of the same scores: a tie, counted but no mistake.
+excluded, and comparisons. A row of equal scores may list other ids of the same scores: a tie, counted but no mistake. Where false
+negatives or hubs were taken out, the lists as ranked are compared with the definition, and the final ones with them
+(`mining.verify_left_out`).
 
 Shape letters: R rows checked, B base rows of a tile, N pairs, K neighbours, C causes of exclusion.
 """
@@ -18,6 +20,7 @@ from mining.embedding_store import EmbeddingStore
 from mining.pair_table import PairTable
 from mining.problem import CAUSES, NO_PAIR
 from mining.rows import read_rows
+from mining.verify_left_out import check_hubs, check_ledger, pruning_mistakes
 
 BASE_ROWS = 8192
 ROWS_TOGETHER = 512
@@ -27,14 +30,19 @@ EXAMPLES = 20
 @dataclass
 class VerifyReport:
     """num_rows checked, num_wrong of them with a mistake, by kind in `mistakes`; num_tied: equal scores, other ids;
-    num_incomplete of num_uncertified rows: hard pairs are missing, which such a row does not rule out; `examples`: a line
-    for each of the first mistakes."""
+    num_incomplete of num_uncertified rows: hard pairs are missing, which such a row does not rule out; num_hubs: pairs in more
+    ranked lists than they may stay in (None without a cap), num_wrong_hubs of which stay in the wrong ones; num_ledger_rows checked,
+    num_wrong_in_ledger of its rows and counts; `examples`: a line for each of the first mistakes."""
 
     num_rows: int = 0
     num_wrong: int = 0
     num_tied: int = 0
     num_uncertified: int = 0
     num_incomplete: int = 0
+    num_hubs: int | None = None
+    num_wrong_hubs: int = 0
+    num_ledger_rows: int = 0
+    num_wrong_in_ledger: int = 0
     mistakes: Counter = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
 
@@ -45,16 +53,30 @@ class VerifyReport:
             + "".join(f"\n                 {kind}: {count:,}" for kind, count in sorted(self.mistakes.items())),
             f"ties             {self.num_tied:,} rows list other pairs of the same scores",
             f"not certified    {self.num_uncertified:,} rows, {self.num_incomplete:,} of them lack hard pairs",
+            f"ledger           {self.num_ledger_rows:,} rows checked, {self.num_wrong_in_ledger:,} wrong",
         ]
+        if self.num_hubs is not None:
+            lines.append(
+                f"hubs             {self.num_hubs:,} over the cap as ranked, all checked, {self.num_wrong_hubs:,} wrong"
+            )
         return "\n".join([*lines, *self.examples])
+
+    @property
+    def is_correct(self) -> bool:
+        return not (self.num_wrong or self.num_wrong_hubs or self.num_wrong_in_ledger)
 
     def add(self, row: int, mistakes: dict[str, str]) -> None:
         """`mistakes` of one row: what was expected and found, by kind."""
         self.num_wrong += bool(mistakes)
+        self.name(row, mistakes)
+
+    def name(self, row: int, mistakes: dict[str, str]) -> None:
+        """Mistakes that concern the pair `row` (-1: the whole table), counted by kind alone."""
+        whose = "" if row == NO_PAIR else f"pair {row}: "
         for kind, detail in mistakes.items():
             self.mistakes[kind] += 1
             if len(self.examples) < EXAMPLES:
-                self.examples.append(f"pair {row}: {kind}: {detail}")
+                self.examples.append(f"{whose}{kind}: {detail}")
 
 
 @dataclass(frozen=True)
@@ -106,6 +128,15 @@ def verify_table(
             rows = rows_R[start : start + ROWS_TOGETHER]
             checker.check(rows, tail_N, report)
             progress.update(len(rows))
+    if table.hub_capped_NK is not None:
+        report.num_hubs, wrong = check_hubs(table)
+        report.num_wrong_hubs = len(wrong)
+        for hub, mistake in wrong:
+            report.name(hub, mistake)
+    report.num_ledger_rows, wrong = check_ledger(table, store, sample=sample, seed=seed)
+    report.num_wrong_in_ledger = len(wrong)
+    for anchor, mistake in wrong:
+        report.name(anchor, mistake)
     return report
 
 
@@ -117,6 +148,7 @@ class Checker:
         parameters = table.manifest["parameters"]
         self.ceilings = (parameters.get("image_ceiling", 1.0), parameters.get("text_ceiling", 1.0))
         self.floor = parameters.get("floor", 0.0)
+        self.is_pruned = table.ranked_ids_NK is not table.pair_ids_NK
         self.towers = (store.image_ND, store.text_ND)
         self.groups = [
             None if group is None else torch.from_numpy(np.array(group))
@@ -125,10 +157,13 @@ class Checker:
         self.valid_N = torch.from_numpy(np.array(store.valid_N))
 
     def check(self, rows_R: np.ndarray, tail_N: np.ndarray, report: VerifyReport) -> None:
-        listed_RK = np.asarray(self.table.pair_ids_NK[rows_R], np.int64)
+        listed_RK = np.asarray(self.table.ranked_ids_NK[rows_R], np.int64)
         expected = self.expected(rows_R, listed_RK)
         for number, row in enumerate(rows_R):
             mistakes = self.mistakes_of(int(row), number, listed_RK[number], expected, report)
+            # Marks on ids that are none at all mean nothing.
+            if self.is_pruned and "id out of range" not in mistakes:
+                mistakes |= pruning_mistakes(self.table, self.store, int(row))
             is_noise = listed_RK[number, 0] == NO_PAIR or not self.store.valid_N[row] or bool(tail_N[row])
             if bool(self.table.noise_N[row]) != is_noise:
                 mistakes["noise mark"] = f"is {bool(self.table.noise_N[row])}, expected {is_noise}"
@@ -154,8 +189,8 @@ class Checker:
             mistakes["duplicate or invalid listed"] = f"{barred.tolist()}"
         image_K, text_K = expected.listed_image_RK[number], expected.listed_text_RK[number]
         for name, stored_K, exact_K in (
-            ("image", table.image_similarity_NK[row], image_K),
-            ("text", table.text_similarity_NK[row], text_K),
+            ("image", table.ranked_image_similarity_NK[row], image_K),
+            ("text", table.ranked_text_similarity_NK[row], text_K),
         ):
             # Entries without a pair hold 0, and so do the exact ones here.
             wrong = np.flatnonzero(stored_K != exact_K.astype(np.float16))

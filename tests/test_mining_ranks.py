@@ -16,6 +16,7 @@ import mining.array_folder
 import mining.search
 from mining import EmbeddingStore, PairTable
 from mining.problem import SearchLimits
+from mining.pruning import Pruning
 from mining.ranks import Meeting, RankPlace
 from mining.reference import ReferenceSearch
 from mining.search import search_pairs
@@ -24,6 +25,8 @@ from tests.tiny_world import deepspeed, program
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = SearchLimits(k=4)
+# So that there is something to do at the end, too.
+PRUNING = Pruning(hub_cap=6)
 NUM_PAIRS = 200
 
 
@@ -35,7 +38,7 @@ class SlowSearch(ReferenceSearch):
 
 def search_slowly(store: Path, out: Path, place: RankPlace, patience_s: float) -> None:
     mining.search.make_backend = lambda choice, problem, *_: SlowSearch(problem)
-    search_pairs(EmbeddingStore.open(store), out, LIMITS, block=5, place=place, patience_s=patience_s)
+    search_pairs(EmbeddingStore.open(store), out, LIMITS, pruning=PRUNING, block=5, place=place, patience_s=patience_s)
 
 
 def start(function, *arguments):
@@ -64,7 +67,7 @@ def wait_for_blocks(folder: Path, number: int, process) -> None:
 @pytest.fixture
 def folder(tmp_path):
     """With an EmbeddingStore `store`, and `whole`, the table that one process makes in one go."""
-    search_pairs(random_store(tmp_path / "store", NUM_PAIRS), tmp_path / "whole", LIMITS)
+    search_pairs(random_store(tmp_path / "store", NUM_PAIRS), tmp_path / "whole", LIMITS, pruning=PRUNING)
     return tmp_path
 
 
@@ -163,7 +166,7 @@ def count_and_kill(store: Path, out: Path, kill_at: int, calls_file: Path) -> No
 
     for module, name in ((os, "replace"), (os, "link"), (os, "unlink"), (os, "rmdir"), (shutil, "rmtree")):
         setattr(module, name, counted(getattr(module, name)))
-    search_pairs(EmbeddingStore.open(store), out, LIMITS, block=100)
+    search_pairs(EmbeddingStore.open(store), out, LIMITS, pruning=PRUNING, block=100)
     calls_file.write_text(str(calls))
 
 
@@ -196,7 +199,18 @@ def assert_same_table_but_litter(folder: Path) -> None:
 @pytest.mark.slow
 def test_deepspeed_and_torchrun_and_one_process_give_the_same_bytes(folder):
     def flags(out: str) -> list[str]:
-        arguments = ["--embeddings", folder / "store", "--out", folder / out, "--k", "4", "--block", "16"]
+        arguments = [
+            "--embeddings",
+            folder / "store",
+            "--out",
+            folder / out,
+            "--k",
+            "4",
+            "--hub-cap",
+            "6",
+            "--block",
+            "16",
+        ]
         return ["search", *map(str, arguments)]
 
     program(*deepspeed(2, "--module", "mining.main", *flags("deepspeed")))
@@ -211,7 +225,18 @@ def test_deepspeed_and_torchrun_and_one_process_give_the_same_bytes(folder):
 @pytest.mark.slow
 def test_stray_rank_of_a_world_that_does_not_exist_names_the_missing_ranks_and_finishes(folder):
     environment = {**os.environ, "RANK": "2", "WORLD_SIZE": "3"}
-    arguments = ["--embeddings", folder / "store", "--out", folder / "pairs", "--k", "4", "--patience-s", "1"]
+    arguments = [
+        "--embeddings",
+        folder / "store",
+        "--out",
+        folder / "pairs",
+        "--k",
+        "4",
+        "--hub-cap",
+        "6",
+        "--patience-s",
+        "1",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "mining.main", "search", *map(str, arguments), "--block", "20"],
         env=environment,
