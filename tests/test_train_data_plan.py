@@ -1,5 +1,7 @@
 """The batch plan: a partition of the anchors, conflict groups apart, hard pairs from the right rows."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -99,6 +101,51 @@ def test_ranks_share_a_batch_without_gap_or_overlap(world_size):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+def test_without_blocks_the_order_is_the_one_permutation_that_runs_were_started_with():
+    plan = plan_of(epoch=3)
+    assert (plan.anchors_A == np.random.default_rng([7, 3]).permutation(103)).all()
+    assert (plan_of(epoch=3, shuffle_block=0).anchors_A == plan.anchors_A).all()
+
+
+@pytest.mark.parametrize("shuffle_block", [1, 10, 24, 103, 1000])
+def test_blocks_are_shuffled_and_so_are_the_anchors_within_each(shuffle_block):
+    anchors = [plan_of(epoch=epoch, shuffle_block=shuffle_block).anchors_A for epoch in (0, 1)]
+    for anchors_A in anchors:
+        assert sorted(anchors_A.tolist()) == list(range(103))
+        blocks = [block for block, _ in itertools.groupby((anchors_A // shuffle_block).tolist())]
+        assert sorted(blocks) == list(range(-(-103 // shuffle_block)))
+    assert anchors[0].tolist() != anchors[1].tolist()
+    if 1 < shuffle_block < 103:
+        assert sorted(anchors[0] // shuffle_block) != (anchors[0] // shuffle_block).tolist()
+    if shuffle_block > 1:
+        assert (np.diff(anchors[0]) < 0).any()
+
+
+@pytest.mark.parametrize("shuffle_block", [20, 50])
+def test_blocks_keep_the_partition_conflicts_apart_and_noise_out(shuffle_block):
+    rng = np.random.default_rng(3)
+    caption_group, is_anchor = rng.integers(0, 300, 400), np.arange(400) % 5 != 0
+    plan = plan_of(
+        400,
+        conflict_group_N=caption_group,
+        is_anchor_N=is_anchor,
+        pair_ids_NK=ring_of_neighbours(400, 20),
+        shuffle_block=shuffle_block,
+    )
+    groups = batches(plan)
+    assert sorted(np.concatenate([batch[:, 0] for batch in groups]).tolist()) == np.flatnonzero(is_anchor).tolist()
+    for batch in groups:
+        assert len(set(caption_group[batch].ravel().tolist())) == batch.size
+
+
+def test_batches_of_a_block_order_stay_within_one_or_two_blocks_and_their_neighbours():
+    plan = plan_of(1000, pair_ids_NK=ring_of_neighbours(1000, 40), shuffle_block=100)
+    for batch in batches(plan):
+        assert len(set((batch[:, 0] // 100).tolist())) <= 2
+        # A ring's neighbours are at most 40 further on.
+        assert len(set((batch // 100).ravel().tolist())) <= 4
+
+
 def test_partners_are_drawn_in_proportion_to_their_score():
     # Every anchor has two candidates with scores 0.9 * 0.5 and 0.3 * 0.5, so the first is drawn 3 times in 4.
     num_pairs = 3000
@@ -185,6 +232,7 @@ def test_helip_defect_07_short_lists_are_filled_by_marked_random_pairs():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"shuffle_block": -1}, r"shuffle_block=-1 must be 0 .* or a number of anchors"),
         ({"batch_size": 15}, "batch_size=15 must be a multiple of 1 \\+ hard_per_anchor = 2"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"batch_size": 104}, "larger than the data set of 103 pairs"),

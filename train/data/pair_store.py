@@ -77,7 +77,7 @@ class PairStore:
         self.remote = remote
         self.manifest = manifest
         self.fingerprint: str = manifest["fingerprint"]
-        self._shard_infos = shard_infos
+        self.shard_infos = shard_infos
         self._first_ids = np.concatenate([[0], np.cumsum([info["samples"] for info in shard_infos], dtype=np.int64)])
         self._loaded: dict[str, Any] = {}
 
@@ -119,7 +119,7 @@ class PairStore:
 
     def _check_counts(self) -> None:
         num_pairs = self.manifest["num_pairs"]
-        counts = {INDEX_NAME: len(self), LEDGER_NAME: self._ledger_rows(), CHECKSUMS_NAME: len(self._checksums_N)}
+        counts = {INDEX_NAME: len(self), LEDGER_NAME: self._ledger_rows(), CHECKSUMS_NAME: len(self.checksums_N)}
         for name, count in counts.items():
             if count != num_pairs:
                 raise ValueError(f"{self.path / name} holds {count} pairs, the manifest says {num_pairs}; {REMEDY}")
@@ -142,20 +142,48 @@ class PairStore:
         pair_id = operator.index(pair_id)
         if not 0 <= pair_id < len(self):
             raise IndexError(f"pair_id={pair_id} is outside 0..{len(self) - 1} of {self.path}")
-        shard = int(np.searchsorted(self._first_ids, pair_id, side="right")) - 1
-        self._fetch_shard(shard)
-        reader = self._readers()[shard]
-        file = self.path / self._shard_infos[shard]["raw_data"]["basename"]
-        try:
-            data = reader.get_sample_data(pair_id - int(self._first_ids[shard]))
-        except (OSError, ValueError, IndexError) as error:
-            raise self._damaged(file, pair_id, str(error)) from error
-        if sample_checksum(data) != self._checksums_N[pair_id]:
-            raise self._damaged(file, pair_id, "its checksum differs")
-        sample = reader.decode_sample(data)
+        shard = self._shard_of(pair_id)
+        sample = self._readers()[shard].decode_sample(self.stored_sample(pair_id))
         if sample["pair_id"] != pair_id:
-            raise self._damaged(file, pair_id, f"it holds pair_id {sample['pair_id']} there")
+            raise self._damaged(shard, pair_id, f"it holds pair_id {sample['pair_id']} there")
         return PairSample(sample["image"], sample["caption"], pair_id, sample["key"])
+
+    def stored_sample(self, pair_id: int) -> bytes:
+        """The pair as its shard holds it, in Streaming's encoding of `MDS_COLUMNS`; its checksum is right. Raises as `store[pair_id]`."""
+        shard = self._shard_of(pair_id)
+        self._fetch_shard(shard)
+        place = pair_id - int(self._first_ids[shard])
+        try:
+            with open(self.shard_file(shard), "rb", buffering=0) as file:
+                # MDS: uint32 count, then count + 1 uint32 offsets.
+                file.seek(4 + 4 * place)
+                begin, end = np.frombuffer(file.read(8), "<u4").tolist()
+                file.seek(begin)
+                data = file.read(max(0, end - begin))
+        except (OSError, ValueError) as error:
+            raise self._damaged(shard, pair_id, str(error)) from error
+        if sample_checksum(data) != self.checksums_N[pair_id]:
+            raise self._damaged(shard, pair_id, "its checksum differs")
+        return data
+
+    def stored_sizes(self) -> np.ndarray:
+        """Bytes of every pair as stored, uint32 [N], from the heads of all shards."""
+        sizes = []
+        for shard, info in enumerate(self.shard_infos):
+            self._fetch_shard(shard)
+            with open(self.shard_file(shard), "rb") as file:
+                offsets = np.frombuffer(file.read(8 + 4 * info["samples"])[4:], "<u4")
+            if len(offsets) != 1 + info["samples"] or (offsets[1:] < offsets[:-1]).any():
+                raise self._damaged(shard, int(self._first_ids[shard]), "its offsets are no offsets")
+            sizes.append(np.diff(offsets))
+        return np.concatenate(sizes)
+
+    def shard_file(self, shard: int) -> Path:
+        """Where the file of a shard lies, or will once it is fetched."""
+        return self.path / self.shard_infos[shard]["raw_data"]["basename"]
+
+    def _shard_of(self, pair_id: int) -> int:
+        return int(np.searchsorted(self._first_ids, pair_id, side="right")) - 1
 
     def prefetch(self, pair_ids: np.ndarray) -> None:
         """Bring the shards of these pairs, int [any], into the cache, those first that no other process is fetching.
@@ -172,16 +200,16 @@ class PairStore:
         """Whether the file of this shard is there now."""
         if self.remote is None or self._is_here()[shard]:
             return True
-        name = self._shard_infos[shard]["raw_data"]["basename"]
+        name = self.shard_infos[shard]["raw_data"]["basename"]
         self._is_here()[shard] = self.remote.fetch(name, partial(self._check_shard, shard=shard), wait=wait) is not None
         return bool(self._is_here()[shard])
 
     def _is_here(self) -> np.ndarray:
-        return self._load("is_here", lambda: np.zeros(len(self._shard_infos), bool))
+        return self._load("is_here", lambda: np.zeros(len(self.shard_infos), bool))
 
     def _check_shard(self, file: Path, shard: int) -> None:
         """Raises ValueError unless `file` has the size, the pair ids and the checksums of this shard."""
-        info = self._shard_infos[shard]
+        info = self.shard_infos[shard]
         check_fetched_size(file, info["raw_data"]["bytes"])
         first_id, num_pairs = int(self._first_ids[shard]), info["samples"]
         with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -189,7 +217,7 @@ class PairStore:
             offsets = np.frombuffer(data[4 : 8 + 4 * num_pairs], "<u4").tolist()
             for pair_id, (begin, end) in enumerate(itertools.pairwise(offsets), first_id):
                 sample = data[begin:end]
-                if sample_checksum(sample) != self._checksums_N[pair_id]:
+                if sample_checksum(sample) != self.checksums_N[pair_id]:
                     raise ValueError(f"the checksum of pair_id {pair_id} differs in it")
                 if int.from_bytes(sample[-PAIR_ID_BYTES:], "little") != pair_id:
                     raise ValueError(f"it holds another pair in the place of pair_id {pair_id}")
@@ -221,7 +249,8 @@ class PairStore:
             raise ValueError(f"{self.path / LEDGER_NAME} is damaged ({error}); {REMEDY}") from error
 
     @property
-    def _checksums_N(self) -> np.ndarray:
+    def checksums_N(self) -> np.ndarray:
+        """uint32 [N], memory-mapped: `sample_checksum` of each stored sample."""
         return self._load("checksums", self._read_checksums)
 
     def _read_checksums(self) -> np.ndarray:
@@ -238,11 +267,11 @@ class PairStore:
         from mining.mds import streaming
 
         read = streaming.base.format.reader_from_json
-        return [read(str(self.path), None, info) for info in self._shard_infos]
+        return [read(str(self.path), None, info) for info in self.shard_infos]
 
-    def _damaged(self, file: Path, pair_id: int, what: str) -> ValueError:
+    def _damaged(self, shard: int, pair_id: int, what: str) -> ValueError:
         remedy = f"copy the file again or {REMEDY}" if self.remote is None else "delete it and it is fetched again"
-        return ValueError(f"{file} is damaged at pair_id {pair_id} ({what}); {remedy}")
+        return ValueError(f"{self.shard_file(shard)} is damaged at pair_id {pair_id} ({what}); {remedy}")
 
     def _load(self, name: str, make: Callable[[], Any]) -> Any:
         if name not in self._loaded:
