@@ -26,7 +26,21 @@ class DataConfig:
     """Where the pairs come from and how batches are put together."""
 
     store: str = ""
-    """PairStore folder, as `python -m train.ingest` writes it"""
+    """PairStore that `python -m train.ingest` wrote: a folder, or a URL of remote storage (s3://, gs://, sftp://, ...; needs cache)"""
+    cache: str = ""
+    """with a remote store: local folder for what is fetched of it, shared by all processes of a node; kept for the next run"""
+    store_shuffle_block: int = 0
+    """shuffle blocks of so many consecutive anchors of the store, then the anchors within a block, so that a batch reads few shards; for
+    stores that `train.reorder` wrote, and several global batches long; 0: shuffle all anchors together"""
+    shards: tuple[str, ...] = ()
+    """train straight from these WebDataset tars instead, without ingest: paths, brace ranges, globs, all local and uncompressed; no hard
+    pairs, and equal captions or pictures are not kept apart"""
+    shard_index: str = ""
+    """with shards: folder for the index of the tars, which several runs may share; empty: inside the run folder"""
+    shard_lanes: int = 64
+    """with shards: how many places of the data are read side by side, over all ranks; every global batch mixes them"""
+    shuffle_block: int = 2048
+    """with shards: samples that are shuffled together within a lane"""
     pairs: str = ""
     """PairTable folder, as `mining.main search` writes it; needed for hard pairs"""
     hard_per_anchor: int = 0
@@ -41,6 +55,30 @@ class DataConfig:
     """never put two pairs with the same caption or the same picture into one global batch"""
     workers: int = 4
     """data loading processes of each rank"""
+
+    def check(self) -> None:
+        """Raises ValueError unless there is exactly one source of pairs that can give what is asked of it."""
+        if not self.store and not self.shards:
+            raise ValueError(
+                "--data.store is missing: the PairStore folder that `python -m train.ingest` wrote "
+                "(or --data.shards: tars to train from without ingest)"
+            )
+        if self.store_shuffle_block < 0:
+            raise ValueError(f"data.store_shuffle_block={self.store_shuffle_block} must be 0 or more anchors")
+        if not self.shards:
+            return
+        if self.store:
+            raise ValueError(
+                f"--data.store {self.store} and --data.shards {' '.join(self.shards)} are two sources; give one"
+            )
+        if self.pairs or self.hard_per_anchor:
+            raise ValueError(
+                f"--data.pairs {self.pairs or '(missing)'} and data.hard_per_anchor={self.hard_per_anchor} need --data.store: mined "
+                "pairs are named by the pair ids that ingest gives, which tars alone do not have; ingest the tars first"
+            )
+        for name in ("shard_lanes", "shuffle_block"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -150,8 +188,7 @@ class TrainConfig:
         for name in ("ds_config", "out"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is missing; see --help")
-        if not self.data.store:
-            raise ValueError("--data.store is missing: the PairStore folder that `python -m train.ingest` wrote")
+        self.data.check()
         if self.epochs <= 0 and self.max_steps <= 0:
             raise ValueError(
                 f"epochs={self.epochs} and max_steps={self.max_steps} leave nothing to do; give one of them"

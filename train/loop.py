@@ -23,8 +23,11 @@ import torch
 import kernels
 from mining.manifest import write_json_atomically
 from train.checkpoint import newest_checkpoint, remove_old_checkpoints, restore, save_checkpoint
-from train.config import TrainConfig
+from train.config import DataConfig, TrainConfig
 from train.data.loader import RankBatch, StepDataset, step_loader
+from train.data.replaced import ReplacedPictures
+from train.data.shard_index import local_tars, prepare_index
+from train.data.tar_stream import TarStream
 from train.distributed import Ranks, barrier, world_group
 from train.engine import Engine, read_ds_config
 from train.metrics import MetricsLog, StepClock
@@ -44,11 +47,14 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
     torch.manual_seed(config.seed)
     ds_config = read_ds_config(config.ds_config)
     model, preprocess = build_model(config.model)
-    dataset = _dataset(config, ranks, preprocess.size)
-    num_steps = config.num_steps(dataset.steps_per_epoch)
     start = newest_checkpoint(run)
     first_step = start[1]["step"] if start else 0
-    check_same_run(run, config, ranks, resuming=start is not None)
+    if start:
+        check_same_run(run, config)
+    dataset = _dataset(config, ranks, preprocess.size)
+    num_steps = config.num_steps(dataset.steps_per_epoch)
+    if start:
+        check_same_data(run, dataset.identity())
     barrier()  # every rank has read the run folder before rank 0 writes to it
     engine = Engine(TwoTowers(model, preprocess), ds_config, config.optim, batch_size=config.batch_size, ranks=ranks)
     if start:
@@ -56,10 +62,13 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
     if ranks.is_main:
         write_run_config(run, config, recipe, engine.config, ranks, num_steps=num_steps, dataset=dataset)
     log = MetricsLog(run, is_main=ranks.is_main, name=recipe, first_step=first_step, num_steps=num_steps)
+    if config.data.shards:
+        log.say(dataset.summary())
     if start:
         log.say(f"going on from {start[0]}")
 
     clock, skipped_in_a_row = StepClock(), 0
+    replaced = ReplacedPictures(run, ranks.rank)
     batches = step_loader(
         dataset,
         start_step=first_step,
@@ -76,6 +85,7 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
                 f"the loss was not finite for {skipped_in_a_row} steps in a row, the last is step {done}"
             )
         clock.step_done(batch.global_batch_size)
+        replaced.note(done, batch)
         if done % config.log_every_steps == 0 or done == num_steps:
             position = {
                 "step": done,
@@ -87,6 +97,7 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
                     **position,
                     "learning_rate": rate,
                     **measurements(output, scale, engine, batch, config),
+                    **(replaced.take() if config.data.shards else {}),
                     **clock.take(),
                 }
             )
@@ -159,17 +170,21 @@ def measurements(
     }
 
 
-def _dataset(config: TrainConfig, ranks: Ranks, image_size: int | tuple[int, int]) -> StepDataset:
-    return StepDataset(
-        config.data,
-        config.augment,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        image_size=(image_size, image_size) if isinstance(image_size, int) else tuple(image_size),
-        tokenizer=build_tokenizer(config.model.name),
-    )
+def _dataset(config: TrainConfig, ranks: Ranks, image_size: int | tuple[int, int]) -> StepDataset | TarStream:
+    """The pairs of a store, or of tars, which are indexed first. Collective: every rank calls."""
+    settings = {
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
+        "image_size": (image_size, image_size) if isinstance(image_size, int) else tuple(image_size),
+        "tokenizer": build_tokenizer(config.model.name),
+    }
+    if not config.data.shards:
+        return StepDataset(config.data, config.augment, **settings)
+    folder = Path(config.data.shard_index or Path(config.out) / "shard_index")
+    index = prepare_index(local_tars(config.data.shards), folder, ranks, config.data.workers)
+    return TarStream(index, config.data, config.augment, **settings)
 
 
 # Fields that may change between the parts of one run.
@@ -185,19 +200,41 @@ FREE_FIELDS = {
 }
 
 
-def check_same_run(run: Path, config: TrainConfig, ranks: Ranks, *, resuming: bool) -> None:
+# The same of `data`.
+FREE_DATA_FIELDS = {"workers", "shard_index", "cache"}
+# What `identity` of a data set says that decides its content.
+DATA_IDENTITY = ("store_fingerprint", "shards_fingerprint", "pairs_fingerprint")
+
+
+def check_same_run(run: Path, config: TrainConfig) -> None:
     """Raises ValueError when `run` was started with settings that would give other numbers, naming the first that differs."""
     path = run / "config.json"
-    if not resuming or not path.is_file():
+    if not path.is_file():
         return
     before, now = json.loads(path.read_text(encoding="utf-8"))["config"], to_json(asdict(config))
+    defaults = to_json(asdict(DataConfig()))
     for name in now:
         same = before.get(name) == now[name]
         if name == "data":
-            same = {**before["data"], "workers": 0} == {**now["data"], "workers": 0}
+            # A run of an earlier version does not name every field.
+            then = {**defaults, **before["data"]}
+            same = all(then[field] == now["data"][field] for field in now["data"] if field not in FREE_DATA_FIELDS)
         if not same and name not in FREE_FIELDS:
             raise ValueError(
                 f"{run} was started with {name}={before.get(name)}, now it is {now[name]}; keep the settings or give another --out"
+            )
+
+
+def check_same_data(run: Path, identity: dict[str, Any]) -> None:
+    """Raises ValueError when the data are no longer what `run` was started with."""
+    path = run / "config.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for name in DATA_IDENTITY:
+        then, now = before.get(name), identity.get(name)
+        if then and now and then != now:
+            raise ValueError(
+                f"{run} was started with {name}={then[:12]}, the data have {now[:12]} now: they were changed since; "
+                "put the old ones back or give another --out"
             )
 
 
@@ -214,7 +251,7 @@ def write_run_config(
     ranks: Ranks,
     *,
     num_steps: int,
-    dataset: StepDataset,
+    dataset: StepDataset | TarStream,
 ) -> None:
     """config.json: everything effective, written before step 0."""
     run.mkdir(parents=True, exist_ok=True)
@@ -226,9 +263,7 @@ def write_run_config(
             "deepspeed": deepspeed,
             "num_steps": num_steps,
             "steps_per_epoch": dataset.steps_per_epoch,
-            "num_pairs": len(dataset.store),
-            "store_fingerprint": dataset.store.fingerprint,
-            "pairs_fingerprint": dataset.table.manifest.get("fingerprint") if dataset.table else None,
+            **dataset.identity(),
             "world_size": ranks.world_size,
             "device": str(ranks.device),
             "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},

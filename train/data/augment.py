@@ -31,9 +31,19 @@ def augment_image(image_bytes: bytes, config: AugmentConfig, image_size: tuple[i
     Normalisation is left to the device, which gets a quarter of the bytes that way. Raises OSError for a picture that can't be
     decoded.
     """
+    return augment_picture(rgb(Image.open(io.BytesIO(image_bytes))), config, image_size, seed)
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """The decoded picture in RGB; Pillow's own `convert` copies a picture that is RGB already."""
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def augment_picture(image: Image.Image, config: AugmentConfig, image_size: tuple[int, int], seed: int) -> torch.Tensor:
+    """The same of a decoded RGB picture."""
     # Python's generator: seeding torch's for every picture costs as much as decoding it.
     rng = random.Random(seed)
-    image = Image.open(io.BytesIO(image_bytes)).convert("RGB")
     height, width = image_size
     image = image.resize((width, height), Image.Resampling.BICUBIC, box=random_crop(image.size, config, rng))
     if rng.random() < config.horizontal_flip_prob:

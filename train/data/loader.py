@@ -7,7 +7,8 @@ Shape letters: B rows of this rank, G rows of all ranks, L text tokens, C H W im
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,10 +35,12 @@ class RankBatch:
     """G, rows of all ranks"""
     num_substitutes: int
     """random pairs that stand in for missing hard pairs, all ranks"""
+    undecodable: tuple[str, ...] = ()
+    """pictures of this rank's share that were replaced, since they can't be decoded: shard, member, reason"""
 
     def pin_memory(self) -> "RankBatch":
-        pinned = (self.image_BCHW.pin_memory(), self.text_BL.pin_memory(), self.pair_ids_B.pin_memory())
-        return RankBatch(*pinned, self.global_batch_size, self.num_substitutes)
+        pinned = {name: getattr(self, name).pin_memory() for name in ("image_BCHW", "text_BL", "pair_ids_B")}
+        return replace(self, **pinned)
 
 
 class StepDataset(Dataset[RankBatch]):
@@ -57,7 +60,7 @@ class StepDataset(Dataset[RankBatch]):
     ) -> None:
         self.config, self.augment, self.tokenizer = config, augment, tokenizer
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
-        self.store = PairStore.open(config.store)
+        self.store = PairStore.open(config.store, cache=config.cache or None)
         self.table = open_pair_table(config, self.store)
         self.image_size = image_size
         self.conflict_group_N = (
@@ -80,13 +83,14 @@ class StepDataset(Dataset[RankBatch]):
             self.plan = self._plan_epoch(epoch)
         batch = self.plan.batch(step_of_epoch)
         pair_ids = batch.rank_slice(self.rank, self.world_size).ravel()
+        self.store.prefetch(pair_ids)
         images, captions = [], []
         for pair_id in pair_ids.tolist():
             image, caption = self._load(step, pair_id)
             images.append(image)
             captions.append(caption)
         return RankBatch(
-            torch.stack(images),
+            stack_images(images),
             self.tokenizer(captions),
             torch.from_numpy(pair_ids),
             batch.num_pairs,
@@ -98,6 +102,14 @@ class StepDataset(Dataset[RankBatch]):
         epochs, steps = divmod(num_steps, self.steps_per_epoch)
         anchors = epochs * self.plan.borders_S[-1] + self.plan.borders_S[steps]
         return int(anchors) * (1 + self.config.hard_per_anchor)
+
+    def identity(self) -> dict[str, Any]:
+        """What config.json says about the data."""
+        return {
+            "num_pairs": len(self.store),
+            "store_fingerprint": self.store.fingerprint,
+            "pairs_fingerprint": self.table.manifest.get("fingerprint") if self.table else None,
+        }
 
     def _load(self, step: int, pair_id: int) -> tuple[torch.Tensor, str]:
         sample = self.store[pair_id]
@@ -127,7 +139,14 @@ class StepDataset(Dataset[RankBatch]):
             ),
             is_anchor_N=None if table is None else ~table.noise_N,
             partners=self.config.partners,
+            shuffle_block=self.config.store_shuffle_block,
         )
+
+
+def stack_images(images: list[torch.Tensor]) -> torch.Tensor:
+    """uint8 [3, H, W] each -> [B, 3, H, W], in memory with the colours innermost, as Pillow and channels_last have them."""
+    # Sorting the bytes by colour would take longer than all the rest of putting a batch together.
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
 def open_pair_table(config: DataConfig, store: PairStore) -> PairTable | None:
@@ -144,18 +163,35 @@ def open_pair_table(config: DataConfig, store: PairStore) -> PairTable | None:
     return table
 
 
+class _ErrorsAsItems(Dataset[RankBatch | ValueError]):
+    """A worker hands a ValueError over as it is: torch would put its traceback into the message."""
+
+    def __init__(self, dataset: Dataset[RankBatch]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, step: int) -> RankBatch | ValueError:
+        try:
+            return self.dataset[step]
+        except ValueError as error:
+            return ValueError(str(error))
+
+
 def step_loader(
-    dataset: StepDataset, *, start_step: int, stop_step: int, workers: int, pin_memory: bool
+    dataset: Dataset[RankBatch], *, start_step: int, stop_step: int, workers: int, pin_memory: bool
 ) -> Iterator[RankBatch]:
-    """Batches of the steps `start_step .. stop_step - 1`, in order."""
-    return iter(
-        DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=range(start_step, stop_step),
-            num_workers=workers,
-            pin_memory=pin_memory,
-            prefetch_factor=2 if workers else None,
-            persistent_workers=False,
-        )
+    """Batches of the steps `start_step .. stop_step - 1`, in order. Raises ValueError where the data set does."""
+    loader = DataLoader(
+        _ErrorsAsItems(dataset) if workers else dataset,
+        batch_size=None,
+        sampler=range(start_step, stop_step),
+        num_workers=workers,
+        pin_memory=pin_memory,
+        prefetch_factor=2 if workers else None,
+        persistent_workers=False,
+        # Without one it draws from torch's own generator, and dropout after a restart would not be what it was without.
+        generator=torch.Generator(),
     )
+    for batch in loader:
+        if isinstance(batch, ValueError):
+            raise batch
+        yield batch
