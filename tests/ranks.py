@@ -25,9 +25,8 @@ def run_on_ranks(
     `function` and `args` must be picklable, `function` at the top level of its module, its result picklable too. Raises
     RuntimeError with the failing rank's traceback, TimeoutError after `timeout_s` seconds.
     """
-    # Forked from a server that has imported torch and run nothing: fresh processes without seconds of imports for each.
+    # Forked from a server that has imported torch and run nothing (tests/conftest.py): fresh processes without the imports.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed"])
     with tempfile.TemporaryDirectory(prefix="hardpair_ranks_") as folder:
         processes = [
             context.Process(

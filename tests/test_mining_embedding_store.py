@@ -129,7 +129,6 @@ def write_every_other_block(path, rank):
 @pytest.mark.slow
 def test_two_processes_fill_one_store(tmp_path):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "mining.search"])
     processes = [context.Process(target=write_every_other_block, args=(tmp_path / "store", rank)) for rank in range(2)]
     for process in processes:
         process.start()

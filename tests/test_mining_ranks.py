@@ -42,9 +42,8 @@ def search_slowly(store: Path, out: Path, place: RankPlace, patience_s: float) -
 
 
 def start(function, *arguments):
-    # Forked from a server that has imported torch and run nothing.
+    # Forked from a server that has imported torch and run nothing (tests/conftest.py).
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "mining.search"])
     process = context.Process(target=function, args=arguments)
     process.start()
     return process

@@ -23,7 +23,7 @@ from train.ingest.samples import Report
 from train.ingest.sources import Source, UnreadableShard
 
 # Imported once in the fork server, so that a worker starts in milliseconds.
-PRELOADED = ["streaming", "train.ingest.worker"]
+PRELOADED = ["mining.mds", "train.ingest.worker"]
 MAX_UNREADABLE_SHARDS = 8
 # Shards handed to the pool ahead of the workers: enough that none waits, few enough that memory does not grow with them.
 AHEAD_PER_WORKER = 4
