@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from train.engine import read_ds_config
+from train.ds_config import read_ds_config
+from train.engine import check_zero_section
 
 SHIPPED = sorted((Path(__file__).resolve().parent.parent / "ds_configs").glob("*.json"))
 
@@ -13,6 +14,7 @@ SHIPPED = sorted((Path(__file__).resolve().parent.parent / "ds_configs").glob("*
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_configurations_are_accepted_and_documented(path):
     assert read_ds_config(path)["zero_optimization"]["stage"] in (0, 1, 2, 3)
+    check_zero_section(path, read_ds_config(path))
     assert f"`{path.name}`" in (path.parent / "README.md").read_text(encoding="utf-8")
 
 
@@ -36,7 +38,7 @@ def test_bad_edits_are_named(tmp_path, content, message):
     path = tmp_path / "edited.json"
     path.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ValueError, match=message) as caught:
-        read_ds_config(path)
+        check_zero_section(path, read_ds_config(path))
     assert "edited.json" in str(caught.value)
 
 

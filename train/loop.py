@@ -29,7 +29,8 @@ from train.data.replaced import ReplacedPictures
 from train.data.shard_index import local_tars, prepare_index
 from train.data.tar_stream import TarStream
 from train.distributed import Ranks, barrier, world_group
-from train.engine import Engine, read_ds_config
+from train.ds_config import read_ds_config
+from train.engine import Engine, check_zero_section
 from train.metrics import MetricsLog, StepClock
 from train.model import CONFIG_FILE, MERGES_FILE, WEIGHTS_FILE, TwoTowers, build_model, build_tokenizer
 from train.schedule import learning_rate
@@ -46,6 +47,7 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     ds_config = read_ds_config(config.ds_config)
+    check_zero_section(config.ds_config, ds_config)
     model, preprocess = build_model(config.model)
     start = newest_checkpoint(run)
     first_step = start[1]["step"] if start else 0

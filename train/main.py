@@ -16,6 +16,8 @@ os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
 
 from mining.command_line import nearest, parse, run
 from train.config import TrainConfig
+from train.data.pair_store import PairStore
+from train.ds_config import read_ds_config
 from train.recipes import RECIPES
 
 PROGRAM = "train/main.py"
@@ -40,7 +42,10 @@ def main(arguments: Sequence[str]) -> None:
     if recipe not in RECIPES:
         raise ValueError(f"unknown recipe {recipe!r}; {nearest(recipe, RECIPES)}")
     config = parse_config(recipe, arguments[1:])
-    # Imported here: torch, DeepSpeed and open_clip take seconds, which a mistake in a flag need not wait for.
+    read_ds_config(config.ds_config)
+    if config.data.store:
+        PairStore.open(config.data.store, cache=config.data.cache or None)
+    # Imported here: torch, DeepSpeed and open_clip take seconds, which a mistake in a flag or a path need not wait for.
     from train.distributed import connected
     from train.loop import train
 

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
@@ -59,6 +58,9 @@ class MetricsLog:
         self.path = run / "metrics.jsonl"
         keep_steps_before(self.path, first_step)
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        # Imported here: the other ranks need not wait for it.
+        from torch.utils.tensorboard import SummaryWriter
+
         self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
         self.bar = tqdm(
             total=num_steps,
