@@ -164,6 +164,9 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     batch_size: int = 4096
     """pairs in a global batch, over all ranks, hard pairs included"""
+    micro_batch_size: int = 0
+    """pairs that a rank holds the activations of (about); 0: all of its own. Loss and gradients stay those of the global batch, at the
+    price of a second forward pass; BatchNorm, if the model has any, normalises each micro-batch by itself"""
     epochs: float = 32
     """passes over the anchors; with hard pairs, one pass presents 1 + hard_per_anchor pairs for each"""
     max_steps: int = 0
@@ -196,6 +199,8 @@ class TrainConfig:
         for name in ("batch_size", "log_every_steps", "save_every_steps", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.micro_batch_size < 0 or self.micro_batch_size == 1:
+            raise ValueError(f"micro_batch_size={self.micro_batch_size} must be 0 (all pairs of a rank) or 2 and more")
         if self.loss.margin_weight and not self.data.hard_per_anchor:
             raise ValueError(
                 f"loss.margin_weight={self.loss.margin_weight} needs hard pairs in the batch; give --data.hard_per_anchor and --data.pairs"

@@ -77,10 +77,29 @@ class Engine:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.engine(image_BCHW.to(self.device, non_blocking=True), text_BL.to(self.device, non_blocking=True))
 
+    @property
+    def module(self) -> torch.nn.Module:
+        return self.engine.module
+
     def backward_and_step(self, loss: torch.Tensor, learning_rate: float) -> None:
+        self.engine.backward(loss)
+        self._step(learning_rate)
+
+    def accumulate_and_step(self, losses: Iterator[torch.Tensor], num_losses: int, learning_rate: float) -> None:
+        """Backward through losses that are made one after the other, one reduction of their summed gradients, one step."""
+        # ZeRO would reduce after every backward. At ZeRO-0 and under DeepSpeed's 16-bit wrappers the boundary holds it back instead, and
+        # has to be known before the forward.
+        coalesces = hasattr(self.engine.optimizer, "_coalesce_grad_reduction")
+        with self.engine.coalesce_grad_reduction() if coalesces else contextlib.nullcontext():
+            for number in range(num_losses):
+                if not coalesces:
+                    self.engine.set_gradient_accumulation_boundary(number == num_losses - 1)
+                self.engine.backward(next(losses))
+        self._step(learning_rate)
+
+    def _step(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.engine.backward(loss)
         self.engine.step()
         self._clamp_logit_scale()
 

@@ -23,7 +23,7 @@ import torch
 import kernels
 from mining.manifest import write_json_atomically
 from train.checkpoint import newest_checkpoint, remove_old_checkpoints, restore, save_checkpoint
-from train.config import DataConfig, TrainConfig
+from train.config import TrainConfig
 from train.data.loader import RankBatch, StepDataset, step_loader
 from train.data.replaced import ReplacedPictures
 from train.data.shard_index import local_tars, prepare_index
@@ -31,6 +31,7 @@ from train.data.tar_stream import TarStream
 from train.distributed import Ranks, barrier, world_group
 from train.ds_config import read_ds_config
 from train.engine import Engine, check_zero_section
+from train.feature_cache import encode_in_chunks, replay_and_step
 from train.metrics import MetricsLog, StepClock
 from train.model import CONFIG_FILE, MERGES_FILE, WEIGHTS_FILE, TwoTowers, build_model, build_tokenizer
 from train.schedule import learning_rate
@@ -127,23 +128,40 @@ def train_step(
 
     The loss is the same number on every rank, so all skip together. Collective: every rank calls.
     """
+    if config.micro_batch_size:
+        return cached_train_step(engine, config, batch, rate)
     image_BD, text_BD, scale = engine.forward(batch.image_BCHW, batch.text_BL)
-    output = kernels.contrastive_loss(
-        image_BD,
-        text_BD,
-        scale,
-        hard_per_anchor=config.data.hard_per_anchor,
-        margin_weight=config.loss.margin_weight,
-        margin_space=config.loss.margin_space,
-        margin_direction=config.loss.margin_direction,
-        label_smoothing=config.loss.label_smoothing,
-        process_group=world_group(),
-        backend=config.loss.backend,
-    )
+    output = kernels.contrastive_loss(image_BD, text_BD, scale, **loss_options(config))
     finite = math.isfinite(output.loss.item())
     if finite:
         engine.backward_and_step(output.loss, rate)
     return output, scale.detach(), finite
+
+
+def cached_train_step(
+    engine: Engine, config: TrainConfig, batch: RankBatch, rate: float
+) -> tuple[kernels.ContrastiveOutput, torch.Tensor, bool]:
+    """The same step with the activations of about `micro_batch_size` rows at a time. Collective: every rank calls."""
+    chunks = encode_in_chunks(engine, batch, config.micro_batch_size)
+    image_BD, text_BD = (torch.cat([getattr(chunk, name) for chunk in chunks]) for name in ("image_BD", "text_BD"))
+    scale = chunks[0].scale
+    gradients = kernels.contrastive_gradients(image_BD, text_BD, scale, **loss_options(config))
+    finite = math.isfinite(gradients.terms.loss.item())
+    if finite:
+        replay_and_step(engine, chunks, gradients, rate)
+    return gradients.terms, scale, finite
+
+
+def loss_options(config: TrainConfig) -> dict[str, Any]:
+    return {
+        "hard_per_anchor": config.data.hard_per_anchor,
+        "margin_weight": config.loss.margin_weight,
+        "margin_space": config.loss.margin_space,
+        "margin_direction": config.loss.margin_direction,
+        "label_smoothing": config.loss.label_smoothing,
+        "process_group": world_group(),
+        "backend": config.loss.backend,
+    }
 
 
 def timed(batches: Iterator[RankBatch], clock: StepClock) -> Iterator[RankBatch]:
@@ -213,17 +231,17 @@ def check_same_run(run: Path, config: TrainConfig) -> None:
     path = run / "config.json"
     if not path.is_file():
         return
-    before, now = json.loads(path.read_text(encoding="utf-8"))["config"], to_json(asdict(config))
-    defaults = to_json(asdict(DataConfig()))
+    now, defaults = to_json(asdict(config)), to_json(asdict(TrainConfig()))
+    # A run of an earlier version does not name every field.
+    before = {**defaults, **json.loads(path.read_text(encoding="utf-8"))["config"]}
     for name in now:
-        same = before.get(name) == now[name]
+        same = before[name] == now[name]
         if name == "data":
-            # A run of an earlier version does not name every field.
-            then = {**defaults, **before["data"]}
+            then = {**defaults["data"], **before["data"]}
             same = all(then[field] == now["data"][field] for field in now["data"] if field not in FREE_DATA_FIELDS)
         if not same and name not in FREE_FIELDS:
             raise ValueError(
-                f"{run} was started with {name}={before.get(name)}, now it is {now[name]}; keep the settings or give another --out"
+                f"{run} was started with {name}={before[name]}, now it is {now[name]}; keep the settings or give another --out"
             )
 
 
