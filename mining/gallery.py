@@ -1,27 +1,37 @@
-"""The gallery: anchors with their hard pairs and their duplicates, read from a PairTable and the PairStore it is of.
+"""The gallery: anchors with their hard pairs and what was left out of them, read from a PairTable and the PairStore it is of.
 
-Picks what to show and fetches it; `mining.gallery_page` turns it into HTML. Reads the PairStore's MDS shards with
+Fetches what `mining.gallery_picks` chooses; `mining.gallery_page` turns it into HTML. Reads the PairStore's MDS shards with
 Streaming's readers: a pair's place in the store is its id.
 """
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm import tqdm
 
-from mining.duplicates import CAUSES
 from mining.gallery_page import gallery_html
+from mining.gallery_picks import picks
+from mining.ledger import LEDGER_NAME, read_ledger
 from mining.manifest import read_manifest
-from mining.pair_table import NO_PAIR, PairTable
+from mining.pair_table import PairTable
+from mining.plots import charts_html
+from mining.problem import CAUSES, NO_PAIR
+from mining.summary import SUMMARY_NAME, read_summary
 
 STORE_KIND = "PairStore"
 STORE_VERSION = 1
 STORE_REMEDY = "make it with `python -m train.ingest --shards ... --out FOLDER`"
+# Of one cause, shown below an anchor.
+EXAMPLES = 4
+
+LedgerRows = Mapping[tuple[str, int, int | None], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -48,13 +58,23 @@ class HardPair:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """How many pairs an anchor lacks for one cause, and some of them with what is known of each."""
+
+    cause: str
+    count: int
+    examples: list[tuple[Picture, str]]
+
+
+@dataclass(frozen=True)
 class Anchor:
-    """A pair, its hardest pairs, and for each cause of exclusion how many pairs it left out and one of them."""
+    """A pair, its hardest pairs, what was left out of them by cause, and a remark or ""."""
 
     picture: Picture
     hard_pairs: list[HardPair]
-    left_out: list[tuple[str, int, Picture]]
+    left_out: list[LeftOut]
     is_noise: bool
+    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -120,7 +140,10 @@ def write_gallery(
     table, pictures = PairTable.open(pairs), MdsPictures(store)
     refuse_another_store(table, pictures)
     sections = gallery_sections(table, pictures, num_anchors, pairs_per_anchor, seed)
-    page = gallery_html(sections, gallery_facts(table, pictures))
+    summary = summary_of(table)
+    page = gallery_html(
+        sections, gallery_facts(table, pictures), charts="" if summary is None else charts_html(summary)
+    )
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -144,91 +167,95 @@ def gallery_sections(
     table: PairTable, pictures: MdsPictures, num_anchors: int, pairs_per_anchor: int, seed: int
 ) -> list[Section]:
     """What the gallery shows, sections without anchors left out; the same for the same seed."""
-    candidates = [
-        ("Hardest", "Anchors whose best hard pair scores highest.", hardest(table, num_anchors)),
-        ("At random", f"Anchors drawn at random (seed {seed}).", at_random(table, num_anchors, seed)),
-        ("Most duplicates", "Anchors with the most pairs left out as duplicates.", most_excluded(table, num_anchors)),
-        (
-            "Noise",
-            "Not used as anchors: nothing agrees with them, or their own image and text agree least.",
-            np.flatnonzero(table.noise_N)[:num_anchors],
-        ),
-    ]
-    chosen = [(title, note, ids) for title, note, ids in candidates if len(ids)]
-    with tqdm(desc="mined pairs", total=sum(len(ids) for *_, ids in chosen), unit="anchor", dynamic_ncols=True) as bar:
+    ledger = read_ledger(table.path) if (table.path / LEDGER_NAME).is_file() else None
+    chosen = picks(table, ledger, summary_of(table), num_anchors, seed)
+    known = ledger_rows(ledger, np.concatenate([pick.ids for pick in chosen]))
+    with tqdm(
+        desc="mined pairs", total=sum(len(pick.ids) for pick in chosen), unit="anchor", dynamic_ncols=True
+    ) as bar:
 
-        def read(pair_id: int) -> Anchor:
-            anchor = read_anchor(table, pictures, pair_id, pairs_per_anchor)
+        def read(pair_id: int, remark: str) -> Anchor:
+            hard_pairs = read_hard_pairs(table, pictures, pair_id, pairs_per_anchor)
+            left_out = read_left_out(table, pictures, pair_id, known)
             bar.update()
-            return anchor
+            return Anchor(pictures[pair_id], hard_pairs, left_out, bool(table.noise_N[pair_id]), remark)
 
-        return [Section(title, note, [read(int(pair_id)) for pair_id in ids]) for title, note, ids in chosen]
-
-
-def hardest(table: PairTable, count: int) -> np.ndarray:
-    """Anchors by descending best score, at most one of each mutual pair, so that the section does not show all twice."""
-    score_N = table.image_similarity_NK[:, 0].astype(np.float32) * table.text_similarity_NK[:, 0]
-    score_N[np.asarray(table.noise_N) | (table.pair_ids_NK[:, 0] == NO_PAIR)] = -1.0
-    chosen: list[int] = []
-    for pair_id in np.argsort(-score_N, kind="stable"):
-        if len(chosen) == count or score_N[pair_id] < 0:
-            break
-        if not set(table.pair_ids_NK[pair_id].tolist()) & set(chosen):
-            chosen.append(int(pair_id))
-    return np.array(chosen, np.int64)
+        return [
+            Section(
+                pick.title, pick.note, [read(pair_id, pick.remarks.get(pair_id, "")) for pair_id in pick.ids.tolist()]
+            )
+            for pick in chosen
+        ]
 
 
-def at_random(table: PairTable, count: int, seed: int) -> np.ndarray:
-    usable = np.flatnonzero(~np.asarray(table.noise_N))
-    return np.sort(np.random.default_rng(seed).choice(usable, min(count, len(usable)), replace=False))
+def summary_of(table: PairTable) -> dict[str, Any] | None:
+    """None for a table that has none, from lists made elsewhere."""
+    return read_summary(table.path) if (table.path / SUMMARY_NAME).is_file() else None
 
 
-def most_excluded(table: PairTable, count: int) -> np.ndarray:
-    """Anchors by descending number of duplicates, one of each kind of group: members of one group have equal examples."""
-    chosen: list[int] = []
-    seen: set[tuple[int, ...]] = set()
-    for pair_id in np.argsort(-np.asarray(table.num_excluded_N), kind="stable"):
-        if len(chosen) == count or table.num_excluded_N[pair_id] == 0:
-            break
-        # The group's lowest id stands for it; for that member itself the example is another one.
-        group = tuple(sorted({int(pair_id), *table.excluded_example_NC[pair_id].tolist()} - {NO_PAIR}))[:1]
-        if group not in seen:
-            seen.add(group)
-            chosen.append(int(pair_id))
-    return np.array(chosen, np.int64)
+def ledger_rows(ledger: pa.Table | None, anchors: np.ndarray) -> LedgerRows:
+    """The ledger's rows of these anchors by (cause, anchor, other)."""
+    if ledger is None:
+        return {}
+    rows = ledger.filter(pc.is_in(ledger["anchor"], pa.array(np.unique(anchors)))).to_pylist()
+    return {(row["cause"], row["anchor"], row["other"]): row for row in rows}
 
 
-def read_anchor(table: PairTable, pictures: MdsPictures, pair_id: int, pairs_per_anchor: int) -> Anchor:
-    listed = [
-        column for column in range(min(pairs_per_anchor, table.k)) if table.pair_ids_NK[pair_id, column] != NO_PAIR
-    ]
-    hard_pairs = [
+def read_hard_pairs(table: PairTable, pictures: MdsPictures, pair_id: int, number: int) -> list[HardPair]:
+    return [
         HardPair(
-            pictures[int(table.pair_ids_NK[pair_id, column])],
-            float(table.image_similarity_NK[pair_id, column]),
-            float(table.text_similarity_NK[pair_id, column]),
+            pictures[int(table.pair_ids_NK[pair_id, place])],
+            float(table.image_similarity_NK[pair_id, place]),
+            float(table.text_similarity_NK[pair_id, place]),
         )
-        for column in listed
+        for place in range(min(number, table.k))
+        if table.pair_ids_NK[pair_id, place] != NO_PAIR
     ]
-    left_out = [
-        (cause, int(count), pictures[int(example)])
+
+
+def read_left_out(table: PairTable, pictures: MdsPictures, pair_id: int, known: LedgerRows) -> list[LeftOut]:
+    """For each cause that took something from this anchor."""
+    found = [
+        (cause, int(count), [int(example)])
         for cause, count, example in zip(
             CAUSES, table.num_excluded_NC[pair_id], table.excluded_example_NC[pair_id], strict=True
         )
         if count and example != NO_PAIR
     ]
-    return Anchor(pictures[pair_id], hard_pairs, left_out, bool(table.noise_N[pair_id]))
+    for cause, mask_NK in (("false_negative", table.false_negative_NK), ("hub_capped", table.hub_capped_NK)):
+        if mask_NK is not None and mask_NK[pair_id].any():
+            ids = table.ranked_ids_NK[pair_id][mask_NK[pair_id]].tolist()
+            found.append((cause, len(ids), ids[:EXAMPLES]))
+    return [
+        LeftOut(cause, count, [(pictures[other], cosines_text(known.get((cause, pair_id, other)))) for other in others])
+        for cause, count, others in found
+    ]
+
+
+def cosines_text(row: Mapping[str, Any] | None) -> str:
+    """What the ledger knows of two pairs; "" where it does not list them."""
+    if row is None:
+        return ""
+    text = f"image {row['image_similarity']:.2f}, text {row['text_similarity']:.2f}"
+    if row["cause"] == "false_negative":
+        text += (
+            f"; this image, that text {row['image_to_text']:.2f}; that image, this text {row['text_to_image']:.2f}; "
+            f"this pair itself {row['alignment']:.2f}"
+        )
+    return text
 
 
 def gallery_facts(table: PairTable, pictures: MdsPictures) -> Sequence[tuple[str, str]]:
     """Label and value of the numbers at the top of the page."""
     excluded: Any = np.asarray(table.num_excluded_N, np.int64)
     parameters = table.manifest["parameters"]
+    dropped = (("likely false negatives", table.false_negative_NK), ("taken from hubs", table.hub_capped_NK))
     return [
         ("pairs", f"{len(table):,}"),
         ("with a hard pair", f"{int((table.pair_ids_NK[:, 0] != NO_PAIR).sum()):,}"),
         ("k", f"{table.k}"),
         ("left out as duplicates", f"{int(excluded.sum()):,}"),
+        *((label, f"{np.count_nonzero(mask):,}") for label, mask in dropped if mask is not None),
         ("noise anchors", f"{int(np.asarray(table.noise_N).sum()):,}"),
         ("image ceiling", f"{parameters.get('image_ceiling', 1.0):g}"),
         ("text ceiling", f"{parameters.get('text_ceiling', 1.0):g}"),

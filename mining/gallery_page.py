@@ -5,6 +5,9 @@ import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mining.plots import STYLE as CHART_STYLE
+from mining.pruning import DROPS
+
 if TYPE_CHECKING:
     from mining.gallery import Anchor, HardPair, Picture, Section
 
@@ -14,6 +17,8 @@ CAUSE_LABELS = {
     "same_caption": "same caption",
     "near_image": "near-duplicate image",
     "near_text": "near-duplicate text",
+    "false_negative": "likely false negative",
+    "hub_capped": "hub over its cap",
 }
 
 STYLE = """
@@ -60,7 +65,7 @@ STYLE = """
 .gallery .out figure { display: grid; grid-template-columns: 64px 1fr; gap: 0 10px; align-items: start; }
 .gallery .out .words { min-width: 0; }
 .gallery .out figcaption { margin-top: 0; }
-.gallery .cause { font-size: 12px; color: var(--bad); margin-bottom: 2px; }
+.gallery .remark { font-size: 12px; color: var(--bad); margin-top: 4px; font-weight: 600; }
 .gallery .empty { color: var(--muted); font-size: 14px; }
 @media (max-width: 640px) {
   .gallery main { padding: 20px 12px 40px; }
@@ -72,8 +77,8 @@ STYLE = """
 """
 
 
-def gallery_html(sections: Sequence["Section"], facts: Sequence[tuple[str, str]]) -> str:
-    """The whole page."""
+def gallery_html(sections: Sequence["Section"], facts: Sequence[tuple[str, str]], *, charts: str = "") -> str:
+    """The whole page; `charts`: HTML of mining.plots."""
     rows = "".join(f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in facts)
     return f"""<!doctype html>
 <html lang="en">
@@ -82,14 +87,16 @@ def gallery_html(sections: Sequence["Section"], facts: Sequence[tuple[str, str]]
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>Hard pairs</title>
-<style>body {{ margin: 0; }}{STYLE}</style>
+<style>body {{ margin: 0; }}{STYLE}{CHART_STYLE}</style>
 </head>
 <body class="gallery">
 <main>
 <h1>Hard pairs</h1>
 <p>Each card is an anchor with the pairs that are closest to it in image and in text, hardest first. The score is the
-product of both cosines. Duplicates were left out before the ranking; one of each kind is shown below the line.</p>
+product of both cosines. Below the line is what the anchor lacks: duplicates, left out before the ranking, and what was taken out of
+the ranked list afterwards.</p>
 <dl class="facts">{rows}</dl>
+{charts}
 <div class="legend"><span><i style="background:var(--image)"></i>image cosine</span>
 <span><i style="background:var(--text)"></i>text cosine</span></div>
 {sections_html(sections)}
@@ -111,8 +118,11 @@ def sections_html(sections: Sequence["Section"]) -> str:
 
 def anchor_html(anchor: "Anchor") -> str:
     pairs = "".join(hard_pair_html(pair) for pair in anchor.hard_pairs)
-    listed = f'<div class="pairs">{pairs}</div>' if pairs else '<div class="empty">No hard pair: nothing agrees.</div>'
-    own = f'<figure class="self">{plate_html(anchor.picture)}<div>{words_html(anchor.picture)}</div></figure>'
+    taken = any(left.cause in DROPS for left in anchor.left_out)
+    why = "No hard pair is left." if taken else "No hard pair: nothing agrees."
+    listed = f'<div class="pairs">{pairs}</div>' if pairs else f'<div class="empty">{why}</div>'
+    remark = f'<div class="remark">{html.escape(anchor.remark)}</div>' if anchor.remark else ""
+    own = f'<figure class="self">{plate_html(anchor.picture)}<div>{words_html(anchor.picture)}{remark}</div></figure>'
     return f'<article class="anchor">{own}{listed}{left_out_html(anchor)}</article>'
 
 
@@ -133,15 +143,17 @@ def bar_html(kind: str, similarity: float) -> str:
 
 
 def left_out_html(anchor: "Anchor") -> str:
-    if not anchor.left_out:
-        return ""
-    total = sum(count for _, count, _ in anchor.left_out)
-    figures = "".join(
-        f'<figure>{plate_html(picture)}<div class="words"><div class="cause">{CAUSE_LABELS[cause]}: {count:,}</div>'
-        f"{words_html(picture)}</div></figure>"
-        for cause, count, picture in anchor.left_out
+    return "".join(
+        f'<div class="out"><h3>Left out, {CAUSE_LABELS[left.cause]}: {left.count:,}</h3><div class="pairs">'
+        + "".join(
+            f'<figure>{plate_html(picture)}<div class="words">{words_html(picture)}'
+            + (f'<div class="id">{html.escape(known)}</div>' if known else "")
+            + "</div></figure>"
+            for picture, known in left.examples
+        )
+        + "</div></div>"
+        for left in anchor.left_out
     )
-    return f'<div class="out"><h3>Left out as duplicates: {total:,}</h3><div class="pairs">{figures}</div></div>'
 
 
 def plate_html(picture: "Picture") -> str:

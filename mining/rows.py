@@ -100,9 +100,9 @@ class BaseStream:
         for start in range(first, last, self.block_rows):
             stop = min(start + self.block_rows, last)
             following = (stop, min(stop + self.block_rows, last))
-            yield self._block(start, stop, following)
+            yield self._block(start, stop, following, stays=within is None)
 
-    def _block(self, start: int, stop: int, following: tuple[int, int]) -> BaseBlock:
+    def _block(self, start: int, stop: int, following: tuple[int, int], *, stays: bool) -> BaseBlock:
         kept = None if self.resident is None else self.resident.get(start)
         if kept is not None and len(kept.image_BD) == stop - start:
             return kept
@@ -119,7 +119,8 @@ class BaseStream:
             announce(array, *following)
             tensors.append(buffer[: stop - start].to(self.device))
         block = BaseBlock(start, *tensors)
-        if self.resident is not None:
+        # Blocks of a part begin elsewhere: kept as well, they would be there twice.
+        if self.resident is not None and stays:
             self.resident[start] = block
         return block
 

@@ -187,7 +187,7 @@ def hub_lines(hubs: Mapping[str, Any]) -> list[str]:
         f"never listed     {hubs['never_listed']:,} pairs are nobody's hard pair",
     ]
     if "largest_as_ranked" in hubs:
-        ranked = ", ".join(f"{pair_id} ({count:,})" for pair_id, count in hubs["largest_as_ranked"][:5])
+        ranked = ", ".join(f"{hub} ({before:,}, now {now:,})" for hub, before, now in hubs["largest_as_ranked"][:5])
         lines.insert(1, f"hubs as ranked   before anything was taken out: {ranked}")
     return lines
 
@@ -254,7 +254,8 @@ def hub_summary(in_degree_N: np.ndarray, ranked_in_degree_N: np.ndarray) -> dict
         "bars": bars(in_degree_N, doubling_edges(int(in_degree_N.max()))),
     }
     if ranked_in_degree_N is not in_degree_N:
-        hubs["largest_as_ranked"] = largest(ranked_in_degree_N)
+        ranked = largest(ranked_in_degree_N)
+        hubs["largest_as_ranked"] = [[pair_id, count, int(in_degree_N[pair_id])] for pair_id, count in ranked]
     return hubs
 
 

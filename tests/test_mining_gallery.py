@@ -14,10 +14,14 @@ from streaming import MDSWriter
 from mining import EmbeddingStore, PairTable
 from mining.gallery import MdsPictures, gallery_sections, write_gallery
 from mining.gallery_page import image_type
+from mining.ledger import read_ledger
 from mining.manifest import write_manifest
+from mining.plots import bar_chart, compact
 from mining.problem import SearchLimits
+from mining.pruning import Pruning
 from mining.search import search_pairs
-from tests.embeddings import random_rows
+from mining.summary import read_summary
+from tests.embeddings import random_rows, unit
 
 CAPTIONS = ['a <b>cat</b> & "dog"', "grüße aus köln", *[f"caption {number}" for number in range(2, 12)]]
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -110,10 +114,15 @@ def test_captions_are_escaped(world):
     assert CAPTIONS[1] in page.texts
 
 
+def left_out(anchor) -> list[tuple[str, int, list[int]]]:
+    return [(left.cause, left.count, [picture.pair_id for picture, _ in left.examples]) for left in anchor.left_out]
+
+
 def test_sections_show_the_table_s_pairs_with_their_numbers(world):
     table = PairTable.open(world / "p")
     sections = gallery_sections(table, MdsPictures(world / "store"), 12, 3, seed=0)
-    assert [section.title for section in sections] == ["Hardest", "At random", "Most duplicates", "Noise"]
+    titles = ["Hardest", "At random", "Same image", "Same caption", "Hubs", "Noise"]
+    assert [section.title for section in sections] == titles
     anchors = {anchor.picture.pair_id: anchor for section in sections for anchor in section.anchors}
     assert set(anchors) == set(range(12))
     for pair_id, anchor in anchors.items():
@@ -124,11 +133,99 @@ def test_sections_show_the_table_s_pairs_with_their_numbers(world):
             assert pair.score == pytest.approx(
                 float(table.image_similarity_NK[pair_id, column]) * float(table.text_similarity_NK[pair_id, column])
             )
-    assert [(cause, count, picture.pair_id) for cause, count, picture in anchors[2].left_out] == [
-        ("same_caption", 1, 3)
+    assert left_out(anchors[2]) == [("same_caption", 1, [3])]
+    assert left_out(anchors[5]) == [("same_image", 1, [4])]
+    assert [anchor.picture.pair_id for anchor in sections[-1].anchors] == [9]
+    degree_N = np.bincount(table.pair_ids_NK[table.pair_ids_NK >= 0], minlength=12)
+    for anchor in sections[-2].anchors:
+        assert anchor.remark == f"in {degree_N[anchor.picture.pair_id]} lists"
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory) -> Path:
+    """As `world`, with towers in one space, all tests on, and near-duplicates of both kinds."""
+    folder = tmp_path_factory.mktemp("pruned")
+    write_store(folder / "store")
+    image = random_rows(12, 4, 0, offset=0.8)
+    text = unit(image + 0.4 * random_rows(12, 4, 1))
+    store = EmbeddingStore.write(
+        folder / "e", image, text, alignment_N=(image * text).sum(1), store_fingerprint="f" * 64
+    )
+    limits = SearchLimits(k=6, image_ceiling=0.97, text_ceiling=0.97)
+    search_pairs(store, folder / "p", limits, pruning=Pruning(0.0, 3), noise_alignment_quantile=0.1)
+    return folder
+
+
+def test_every_cause_has_its_section_with_pictures_and_cosines(pruned):
+    table, ledger = PairTable.open(pruned / "p"), read_ledger(pruned / "p").to_pylist()
+    sections = {
+        section.title: section.anchors
+        for section in gallery_sections(table, MdsPictures(pruned / "store"), 12, 3, seed=0)
+    }
+    for title, cause in (
+        ("Near-duplicate images", "near_image"),
+        ("Near-duplicate texts", "near_text"),
+        ("Likely false negatives", "false_negative"),
+        ("Lists that lost a hub", "hub_capped"),
+    ):
+        rows = [row for row in ledger if row["cause"] == cause]
+        assert rows, cause
+        for anchor in sections[title]:
+            (left,) = (left for left in anchor.left_out if left.cause == cause)
+            of_anchor = {row["other"]: row for row in rows if row["anchor"] == anchor.picture.pair_id}
+            assert left.count == sum(row["num_excluded"] for row in list(of_anchor.values())[:1])
+            for picture, known in left.examples:
+                row = of_anchor[picture.pair_id]
+                assert known.startswith(f"image {row['image_similarity']:.2f}, text {row['text_similarity']:.2f}")
+                assert picture.caption == CAPTIONS[picture.pair_id]
+                assert ("that text" in known) == (cause == "false_negative")
+    assert {anchor.picture.pair_id for anchor in sections["Noise"]} == set(np.flatnonzero(table.noise_N).tolist())
+    assert "as ranked, 3 now" in " ".join(anchor.remark for anchor in sections["Hubs"])
+
+
+def test_page_has_charts_of_the_summary_inside(pruned):
+    write_gallery(pruned / "p", pruned / "store", pruned / "gallery.html", num_anchors=3, pairs_per_anchor=2)
+    text = (pruned / "gallery.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open_tags == []
+    assert text.count("<svg") == 4
+    summary = read_summary(pruned / "p")
+    drawn = [line for line in page.texts if re.fullmatch(r".+: [\d,]+", line)]
+    assert [int(line.split(": ")[1]) for line in drawn if " to " in line] == summary["score"]["histogram"]
+    for title in ("Scores of all hard pairs", "Coverage", "Lists a pair is in", "Left out"):
+        assert title in page.texts
+    assert f"false neg.: {summary['dropped']['false_negative']}" in drawn
+    assert f"hubs: {summary['dropped']['hub_capped']}" in drawn
+    assert "http" not in re.sub(r"base64,[^\"]*", "", text)
+
+
+def test_bars_are_as_high_as_their_counts():
+    figure = bar_chart("title", "a < b", [("0", 0), ("1-5", 40), ("6", 10), ("7", 1)])
+    heights = [float(number) for number in re.findall(r'height="([\d.]+)" rx', figure)]
+    assert heights[0] == 0
+    assert heights[1] == pytest.approx(4 * heights[2])
+    assert heights[3] >= 1
+    assert "a &lt; b" in figure
+    assert bar_chart("title", "", [("0", 0)]) == ""
+    assert [compact(number) for number in (7, 999, 1000, 1024, 12345, 10**6, 25 * 10**6, 3 * 10**9)] == [
+        "7",
+        "999",
+        "1k",
+        "1024",
+        "12k",
+        "1M",
+        "25M",
+        "3G",
     ]
-    assert [(cause, count, picture.pair_id) for cause, count, picture in anchors[5].left_out] == [("same_image", 1, 4)]
-    assert [anchor.picture.pair_id for anchor in sections[3].anchors] == [9]
+
+
+def test_table_without_summary_and_ledger_is_shown_without_them(world):
+    for name in ("summary.json", "excluded.parquet"):
+        (world / "p" / name).unlink()
+    sections = gallery_sections(PairTable.open(world / "p"), MdsPictures(world / "store"), 12, 3, seed=0)
+    assert [section.title for section in sections] == ["Hardest", "At random", "Same image", "Same caption", "Noise"]
+    write_gallery(world / "p", world / "store", world / "gallery.html")
+    assert "<svg" not in (world / "gallery.html").read_text(encoding="utf-8")
 
 
 def test_hardest_come_first_and_duplicates_once_a_group(world):
@@ -136,7 +233,7 @@ def test_hardest_come_first_and_duplicates_once_a_group(world):
     sections = gallery_sections(table, MdsPictures(world / "store"), 12, 3, seed=0)
     best = [anchor.hard_pairs[0].score for anchor in sections[0].anchors]
     assert best == sorted(best, reverse=True)
-    assert [anchor.picture.pair_id for anchor in sections[2].anchors] == [2, 4]
+    assert [[anchor.picture.pair_id for anchor in section.anchors] for section in sections[2:4]] == [[4], [2]]
 
 
 def test_same_seed_gives_the_same_page(world):
