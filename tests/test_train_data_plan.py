@@ -138,12 +138,40 @@ def test_blocks_keep_the_partition_conflicts_apart_and_noise_out(shuffle_block):
         assert len(set(caption_group[batch].ravel().tolist())) == batch.size
 
 
-def test_batches_of_a_block_order_stay_within_one_or_two_blocks_and_their_neighbours():
+def test_a_block_order_draws_partners_from_the_anchors_block_while_there_are_any():
+    # Blocks of 100; the hard pairs of pair i are the 40 after it, around the ring.
     plan = plan_of(1000, pair_ids_NK=ring_of_neighbours(1000, 40), shuffle_block=100)
+    num_far = 0
     for batch in batches(plan):
         assert len(set((batch[:, 0] // 100).tolist())) <= 2
-        # A ring's neighbours are at most 40 further on.
-        assert len(set((batch // 100).ravel().tolist())) <= 4
+        for anchor, partner in batch.tolist():
+            assert (partner - anchor) % 1000 in range(1, 41)
+            is_far = partner // 100 != anchor // 100
+            num_far += is_far
+            # Its own block offers 99 - anchor % 100 of them, and a batch takes at most 16 away.
+            assert not is_far or anchor % 100 > 99 - 16
+    assert num_far >= 10
+    steps = np.concatenate([(batch[:, 1] - batch[:, 0])[batch[:, 0] % 100 < 60] for batch in batches(plan)])
+    assert len(np.unique(steps)) == 40
+
+
+def test_a_block_order_draws_by_score_within_the_block():
+    # Two near candidates with scores 0.81 and 0.09, so the first is drawn 9 times in 10; a far one of score 1 never.
+    lists = np.stack(
+        [np.arange(2000) // 4 * 4 + 2, np.arange(2000) // 4 * 4 + 3, (np.arange(2000) + 900) % 2000], axis=1
+    )
+    similarity = np.tile([0.9, 0.3, 1.0], (2000, 1))
+    plan = plan_of(
+        2000,
+        pair_ids_NK=lists,
+        similarities_NK=(similarity, similarity),
+        is_anchor_N=np.arange(2000) % 4 == 0,
+        batch_size=2,
+        shuffle_block=50,
+    )
+    steps = np.concatenate([batch[:, 1] - batch[:, 0] for batch in batches(plan)])
+    assert set(steps.tolist()) == {2, 3}
+    assert abs((steps == 2).mean() - 0.9) < 4 * np.sqrt(0.9 * 0.1 / 500)
 
 
 def test_partners_are_drawn_in_proportion_to_their_score():
@@ -199,6 +227,25 @@ def test_groupings_merge_into_connected_components():
     assert merged[0] == merged[1] == merged[2]
     assert merged[3] == merged[4]
     assert len(set(merged.tolist())) == 3
+
+
+@pytest.mark.parametrize("num_groups", [(900, 800), (300, 2000), (1, 5)])
+def test_merged_groups_are_the_components_that_scipy_finds(num_groups):
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    rng = np.random.default_rng(0)
+    first, second = (rng.permutation(np.concatenate([np.arange(n), rng.integers(0, n, 2000 - n)])) for n in num_groups)
+    edges = (np.concatenate([np.arange(2000)] * 2), 2000 + np.concatenate([first, num_groups[0] + second]))
+    graph = coo_array((np.ones(4000), edges), shape=(2000 + sum(num_groups),) * 2)
+    assert (conflict_groups(first, second) == connected_components(graph, directed=False)[1][:2000]).all()
+
+
+def test_a_chain_of_shared_captions_and_pictures_is_one_group():
+    # 0-1 share a caption, 1-2 a picture, 2-3 a caption, ...
+    chain = np.arange(1000)
+    assert (conflict_groups(chain // 2, (chain + 1) // 2) == 0).all()
+    assert conflict_groups(chain).tolist() == chain.tolist()
 
 
 def test_helip_defect_06_ranks_partition_the_data_and_no_id_sits_twice_in_a_global_batch():

@@ -57,8 +57,9 @@ class EpochPlan:
         is_anchor_N: bool [N]; False for pairs that may be partners only (noise).
         partners: "mined", or "random" for the compute-matched control: same anchors, same steps, random partners.
         shuffle_block: 0 shuffles all anchors together. n shuffles the blocks of n anchors that follow each other in the order of
-            their ids, and then the anchors within each block: the anchors of a batch, and their partners where the store is in
-            mined-graph order (train.reorder), lie in one or two blocks. Stand-ins and random partners come from everywhere.
+            their ids, and then the anchors within each block; and an anchor's partners are drawn from those in its own block, from
+            others only when these are used up. So the pairs of a batch lie in one or two blocks, where the store is in mined-graph
+            order (train.reorder); stand-ins and random partners still come from everywhere.
 
     Memory of a plan: `anchors_A` (8 bytes a pair), while it is built four times that; the arrays given are only indexed by the
     anchors of a batch, never read whole, so memory-mapped ones stay on disk.
@@ -91,6 +92,7 @@ class EpochPlan:
         self.num_steps = -(-len(anchors_A) // groups_per_batch)
         # S + 1 borders; batch s is anchors_A[borders[s]:borders[s + 1]].
         self.borders_S = np.arange(self.num_steps + 1) * len(anchors_A) // self.num_steps
+        self.block_starts = anchors_A[::shuffle_block] if shuffle_block else None
         order_A = shuffled(anchors_A, np.random.default_rng([seed, epoch]), shuffle_block)
         self.anchors_A = keep_conflicts_apart(order_A, conflict_group_N, self.borders_S)
 
@@ -165,8 +167,15 @@ class EpochPlan:
             keys_AK = -(np.log(score_AK) - np.log(-np.log(np.maximum(keys_AK, 1e-300))))
         keys_AK[candidates_AK == NO_PAIR] = np.inf
         order_AK = np.argsort(keys_AK, axis=1, kind="stable")
+        if self.block_starts is not None:
+            is_far_AK = self._block_of(candidates_AK) != self._block_of(anchors_A)[:, None]
+            order_AK = np.lexsort((keys_AK, is_far_AK), axis=1)
         for row, order_K in zip(candidates_AK, order_AK, strict=True):
             yield [pair for pair in row[order_K].tolist() if pair != NO_PAIR]
+
+    def _block_of(self, pair_ids: np.ndarray) -> np.ndarray:
+        """A pair that is no anchor belongs to the block of the last anchor before it."""
+        return np.searchsorted(self.block_starts, pair_ids, side="right")
 
     def _draw(self, candidates: list[int], used_groups: set[int]) -> list[int]:
         drawn = []
@@ -258,15 +267,20 @@ def _first_of_each_group(groups: np.ndarray) -> np.ndarray:
 
 
 def conflict_groups(*groupings_N: np.ndarray) -> np.ndarray:
-    """Merge several groupings of the pairs (equal captions, equal images) into one: int32 [N], connected components."""
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
+    """Merge several groupings of the pairs (equal captions, equal images), each int [N], into one: int32 [N], connected components.
 
-    num_pairs = len(groupings_N[0])
-    edges, offset = [], num_pairs
-    for grouping_N in groupings_N:
-        edges.append(np.stack([np.arange(num_pairs), offset + np.asarray(grouping_N, np.int64)]))
-        offset += int(grouping_N.max(initial=-1)) + 1
-    rows, columns = np.concatenate(edges, axis=1)
-    graph = coo_matrix((np.ones(len(rows), np.int8), (rows, columns)), shape=(offset, offset))
-    return connected_components(graph, directed=False)[1][:num_pairs].astype(np.int32)
+    Components are numbered by their lowest pair id. Peak memory 20 bytes a pair beside the groupings.
+    """
+    lowest_N = np.arange(len(groupings_N[0]), dtype=np.int32)
+    while True:
+        before_N = lowest_N
+        for grouping_N in groupings_N:
+            lowest_of_group = np.full(int(grouping_N.max(initial=-1)) + 1, len(lowest_N), np.int32)
+            np.minimum.at(lowest_of_group, grouping_N, lowest_N)
+            lowest_N = lowest_of_group[grouping_N]
+        # The pair that a pair points to may know a lower one: long chains take few rounds.
+        lowest_N = lowest_N[lowest_N]
+        if np.array_equal(before_N, lowest_N):
+            break
+    is_lowest_N = lowest_N == np.arange(len(lowest_N), dtype=np.int32)
+    return (np.cumsum(is_lowest_N, dtype=np.int32) - 1)[lowest_N]
