@@ -206,9 +206,14 @@ def test_torn_and_compressed_tars_are_named_with_what_to_do(tars, tmp_path):
     (tmp_path / "tars" / "00003.tar").write_bytes(b"")
     with pytest.raises(ValueError, match=r"shard .*00002.tar is torn .*download it again.*2 of 4 tars.*also 00003.tar"):
         index_of(tmp_path / "tars", tmp_path / "index")
-    # Mended, it goes on: the other shards are not read again.
-    parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "index").glob(".*.parts/*.npz")}
+    # Mended, it goes on: the tars that were whole are not read again.
+    parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "index" / "parts").iterdir()}
     assert len(parts) == 2
+    shutil.copy2(tars / "00002.tar", tmp_path / "tars")
+    (tmp_path / "tars" / "00003.tar").unlink()
+    assert len(index_of(tmp_path / "tars", tmp_path / "index")) == NUM_SAMPLES
+    assert {path: path.stat().st_mtime_ns for path in parts} == parts
+    assert len(list((tmp_path / "index" / "parts").iterdir())) == 3
     write_tar(tmp_path / "packed" / "00000.tar.gz", shape_samples(0, 2), "w:gz")
     with pytest.raises(ValueError, match=r"00000.tar.gz is compressed.*unpack it, or ingest it"):
         build_index(local_tars([str(tmp_path / "packed" / "*")]), tmp_path / "index", 0)
@@ -317,6 +322,17 @@ def test_a_tar_that_changes_under_a_run_stops_it_by_name(tars, tmp_path, tokeniz
     (tmp_path / "tars" / "00002.tar").unlink()
     with pytest.raises(ValueError, match=r"shard .*00002.tar cannot be read"):
         read_all(stream_of(index, tokenizer))
+
+
+def test_few_tars_are_open_at_a_time(index, tokenizer, monkeypatch):
+    monkeypatch.setattr("train.data.tar_files.MAX_OPEN_TARS", 1)
+    files = stream_of(index, tokenizer).files
+    expected = [files.read(number) for number in range(NUM_SAMPLES)]
+    before = len(os.listdir("/proc/self/fd"))
+    # From one tar to the other and back.
+    for number in [0, NUM_SAMPLES - 1] * 20:
+        assert files.read(number) == expected[number]
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_batches_too_small_for_the_ranks_or_too_large_for_the_data_are_refused(index, tokenizer):

@@ -33,7 +33,7 @@ from train.config import AugmentConfig, DataConfig
 from train.data.augment import augment_picture
 from train.data.loader import StepDataset, step_loader
 from train.data.peers import open_clip_batches
-from train.data.shard_index import build_index, local_tars
+from train.data.shard_index import ShardIndex, build_index, local_tars
 from train.data.tar_stream import TarStream
 from train.ingest import bench as ingest_bench
 from train.model import architecture, build_tokenizer
@@ -110,13 +110,15 @@ def measure(folder: Path, config: BenchConfig) -> dict[str, Any]:
         num_pairs=config.num_pairs, pairs_per_shard=config.pairs_per_shard, side=config.side
     )
     patterns = config.shards or (str(ingest_bench.make_tars(folder / "tars", made)),)
-    loaders, num_pairs = make_loaders(patterns, folder, config)
-    num_batches = num_pairs // config.batch_size
+    index = build_index(local_tars(patterns), folder / "index", config.workers)
+    num_batches = len(index) // config.batch_size
     if num_batches <= config.workers:
         raise ValueError(
-            f"{num_pairs} pairs are {num_batches} batches of {config.batch_size}, and the first {config.workers} are not "
+            f"{len(index)} pairs are {num_batches} batches of {config.batch_size}, and the first {config.workers} are not "
             "timed; take more --num-pairs, a smaller --batch-size or fewer --workers"
         )
+    ingest_bench.ingest(patterns, folder / "store", config.workers)
+    loaders = make_loaders(index, folder / "store", config)
     # A first round warms the page cache and is looked at.
     refuse_different_captions({name: captions(loader(0), num_batches) for name, loader in loaders.items()})
     rates: dict[str, list[Rate]] = {name: [] for name in loaders}
@@ -124,18 +126,13 @@ def measure(folder: Path, config: BenchConfig) -> dict[str, Any]:
         # Every other round the other way about: nobody always runs on what another left in the caches.
         for name in list(loaders)[:: 1 if number % 2 else -1]:
             rates[name].append(timed_epoch(partial(loaders[name], number), num_batches, config.workers))
-            print(
-                f"round {number + 1}/{config.rounds} {name}: {rates[name][-1].pairs_per_s:,.0f} pairs/s",
-                file=sys.stderr,
-            )
-    return make_report(rates, num_pairs, num_batches, config)
+            rate = f"{rates[name][-1].pairs_per_s:,.0f} pairs/s"
+            print(f"round {number + 1}/{config.rounds} {name}: {rate}", file=sys.stderr)
+    return make_report(rates, len(index), num_batches, config)
 
 
-def make_loaders(
-    patterns: Sequence[str], folder: Path, config: BenchConfig
-) -> tuple[dict[str, Callable[[int], Batches]], int]:
-    """Every loader as a function of the epoch, and the number of pairs that all see."""
-    tars = local_tars(patterns)
+def make_loaders(index: ShardIndex, store_folder: Path, config: BenchConfig) -> dict[str, Callable[[int], Batches]]:
+    """Every loader as a function of the epoch. Raises ValueError when store and tars do not hold as many pairs."""
     size = architecture(config.model)["vision_cfg"].get("image_size", 224)
     tokenizer = build_tokenizer(config.model)
     settings = {
@@ -146,14 +143,13 @@ def make_loaders(
         "image_size": (size, size),
         "tokenizer": tokenizer,
     }
-    ingest_bench.ingest(patterns, folder / "store", config.workers)
-    store = StepDataset(DataConfig(store=str(folder / "store")), AUGMENT, **settings)
+    store = StepDataset(DataConfig(store=str(store_folder)), AUGMENT, **settings)
     # Importing MosaicML Streaming takes seconds: workers inherit it.
     store.store[0]
-    stream = TarStream(build_index(tars, folder / "index", config.workers), DataConfig(), AUGMENT, **settings)
-    if len(stream.index) != len(store.store):
+    stream = TarStream(index, DataConfig(), AUGMENT, **settings)
+    if len(index) != len(store.store):
         raise ValueError(
-            f"the tars hold {len(stream.index)} samples and the store {len(store.store)}; use tars without rejected samples"
+            f"the tars hold {len(index)} samples and the store {len(store.store)}; use tars without rejected samples"
         )
 
     def ours(dataset: StepDataset | TarStream, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -164,8 +160,8 @@ def make_loaders(
 
     def peer(transform: Callable[[Any], torch.Tensor], epoch: int) -> Batches:
         return open_clip_batches(
-            [tar.url for tar in tars],
-            num_samples=len(stream.index),
+            [shard.path for shard in index.shards],
+            num_samples=len(index),
             batch_size=config.batch_size,
             workers=config.workers,
             seed=epoch,
@@ -177,13 +173,12 @@ def make_loaders(
         return augment_picture(picture, AUGMENT, (size, size), random.getrandbits(63))
 
     own_transform = open_clip.image_transform(size, is_train=True, aug_cfg={"scale": AUGMENT.scale})
-    loaders = {
+    return {
         "tar_stream": partial(ours, stream),
         "pair_store": partial(ours, store),
         PEER: partial(peer, same_transform),
         "open_clip": partial(peer, own_transform),
     }
-    return loaders, len(stream.index)
 
 
 def timed_epoch(loader: Callable[[], Batches], num_batches: int, num_untimed: int) -> Rate:

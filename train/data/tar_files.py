@@ -6,6 +6,7 @@ In: a `ShardIndex`. Out: bytes and captions. Each process has its own `TarFiles`
 import os
 import tarfile
 from collections import OrderedDict
+from io import FileIO
 from typing import Any
 
 from train.data.shard_index import Shard, ShardIndex
@@ -22,7 +23,7 @@ class TarFiles:
 
     def __init__(self, index: ShardIndex) -> None:
         self.index = index
-        self._open: OrderedDict[int, int] = OrderedDict()
+        self._open: OrderedDict[int, FileIO] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"index": self.index, "_open": OrderedDict()}
@@ -62,21 +63,21 @@ class TarFiles:
         return f"{self.index.shards[number].name}: {member}"
 
     def _file(self, number: int) -> int:
-        if number in self._open:
-            self._open.move_to_end(number)
-            return self._open[number]
-        if len(self._open) == MAX_OPEN_TARS:
-            os.close(self._open.popitem(last=False)[1])
-        self._open[number] = open_unchanged(self.index.shards[number])
-        return self._open[number]
+        """Descriptor of a tar."""
+        if number not in self._open:
+            if len(self._open) == MAX_OPEN_TARS:
+                self._open.popitem(last=False)[1].close()
+            self._open[number] = open_unchanged(self.index.shards[number])
+        self._open.move_to_end(number)
+        return self._open[number].fileno()
 
 
-def open_unchanged(shard: Shard) -> int:
-    """A descriptor of the tar. Raises ValueError when its size or time is not what the index says."""
-    file = os.open(shard.path, os.O_RDONLY)
-    status = os.fstat(file)
+def open_unchanged(shard: Shard) -> FileIO:
+    """The tar, opened. Raises ValueError when its size or time is not what the index says."""
+    file = FileIO(shard.path)
+    status = os.fstat(file.fileno())
     if (status.st_size, status.st_mtime_ns) != (shard.size, shard.mtime_ns):
-        os.close(file)
+        file.close()
         raise damaged(shard, f"was changed since it was indexed ({shard.size} bytes then, {status.st_size} now)")
     return file
 
