@@ -91,6 +91,10 @@ def blocks_for(kernel: str, chip: str, dtype: torch.dtype, dim: int) -> Blocks:
     return next(blocks for max_dim, blocks in entries if dim <= max_dim)
 
 
+def num_blocks(size: int, block: int) -> int:
+    return triton.cdiv(size, block)
+
+
 def _width(dtype: torch.dtype) -> str:
     """Sixteen-bit dtypes share their blocks."""
     return {torch.float32: "fp32", torch.float64: "fp64"}.get(dtype, "16bit")

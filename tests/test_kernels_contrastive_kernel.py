@@ -85,10 +85,10 @@ def assert_same_statistics(ours, expected, tolerance: float):
 @pytest.mark.parametrize("shape", SHAPES)
 @interpreted
 def test_statistics_equal_the_tiled_sweep_in_float64(shape):
-    from kernels.contrastive import kernel
+    from kernels.contrastive import launches
 
     x_BD, y_GD, settings = sweep_inputs(shape, torch.float64)
-    ours = kernel.forward_sweep(x_BD, y_GD, **settings)
+    ours = launches.forward_sweep(x_BD, y_GD, **settings)
     assert_same_statistics(ours, blockwise.forward_sweep(x_BD, y_GD, **settings), 1e-12)
 
 
@@ -96,10 +96,10 @@ def test_statistics_equal_the_tiled_sweep_in_float64(shape):
 @pytest.mark.parametrize("spread", [0.0, 60.0])
 @interpreted
 def test_gradient_sweep_equals_the_tiled_sweep_in_float64(shape, spread):
-    from kernels.contrastive import kernel
+    from kernels.contrastive import launches
 
     x_BD, y_GD, settings = gradient_inputs(shape, torch.float64, spread)
-    ours = kernel.gradient_sweep(x_BD, y_GD, **settings)
+    ours = launches.gradient_sweep(x_BD, y_GD, **settings)
     for value, expected in zip(ours, blockwise.gradient_sweep(x_BD, y_GD, **settings), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-13)
 
@@ -108,15 +108,15 @@ def test_gradient_sweep_equals_the_tiled_sweep_in_float64(shape, spread):
 @pytest.mark.parametrize("column_hinge", [False, True])
 @interpreted
 def test_a_direction_of_the_hinge_that_is_off_has_no_statistics(row_hinge, column_hinge):
-    from kernels.contrastive import kernel
+    from kernels.contrastive import launches
 
     shape, hinges = (18, 36, 18, 5, 3), {"row_hinge": row_hinge, "column_hinge": column_hinge}
     x_BD, y_GD, settings = sweep_inputs(shape, torch.float64, **hinges)
-    ours = kernel.forward_sweep(x_BD, y_GD, **settings)
+    ours = launches.forward_sweep(x_BD, y_GD, **settings)
     assert (len(ours.row_hinge_A), len(ours.column_hinge_A)) == (6 * row_hinge, 12 * column_hinge)
     assert_same_statistics(ours, blockwise.forward_sweep(x_BD, y_GD, **settings), 1e-12)
     x_BD, y_GD, settings = gradient_inputs(shape, torch.float64, **hinges)
-    ours = kernel.gradient_sweep(x_BD, y_GD, **settings)
+    ours = launches.gradient_sweep(x_BD, y_GD, **settings)
     for value, expected in zip(ours, blockwise.gradient_sweep(x_BD, y_GD, **settings), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-13)
 
@@ -124,15 +124,15 @@ def test_a_direction_of_the_hinge_that_is_off_has_no_statistics(row_hinge, colum
 @pytest.mark.parametrize("want", [(x, y, s) for x in (0, 1) for y in (0, 1) for s in (0, 1)])
 @interpreted
 def test_only_what_is_wanted_is_computed(want):
-    from kernels.contrastive import kernel
+    from kernels.contrastive import launches
     from kernels.rows.kernel import Weights
 
     x_BD, y_GD, settings = gradient_inputs((20, 37, 4, 9, 1), torch.float64)
     names = ("want_x", "want_y", "want_scale")
     with mock.patch.object(Weights, "add_products", autospec=True, side_effect=Weights.add_products) as products:
-        ours = kernel.gradient_sweep(x_BD, y_GD, **settings | dict(zip(names, map(bool, want), strict=True)))
+        ours = launches.gradient_sweep(x_BD, y_GD, **settings | dict(zip(names, map(bool, want), strict=True)))
     assert products.call_count == want[0] + want[1]
-    for value, wanted, full in zip(ours, want, kernel.gradient_sweep(x_BD, y_GD, **settings), strict=True):
+    for value, wanted, full in zip(ours, want, launches.gradient_sweep(x_BD, y_GD, **settings), strict=True):
         if wanted:
             assert torch.equal(value, full)
         else:
@@ -141,17 +141,17 @@ def test_only_what_is_wanted_is_computed(want):
 
 @interpreted
 def test_strips_change_no_result_beyond_rounding():
-    from kernels.contrastive import kernel
+    from kernels.contrastive import launches
     from kernels.rows import kernel as rows_kernel
 
     x_BD, y_GD, forward = sweep_inputs((45, 99, 9, 11, 3), torch.float64)
     _, _, backward = gradient_inputs((45, 99, 9, 11, 3), torch.float64)
-    whole = kernel.forward_sweep(x_BD, y_GD, **forward)
-    gradients = kernel.gradient_sweep(x_BD, y_GD, **backward)
+    whole = launches.forward_sweep(x_BD, y_GD, **forward)
+    gradients = launches.gradient_sweep(x_BD, y_GD, **backward)
     strips = {"STRIP_ROWS": 16, "STRIP_COLUMNS": 32}
-    with mock.patch.object(kernel, "FORWARD_STRIP", 32), mock.patch.multiple(rows_kernel, **strips):
-        assert_same_statistics(kernel.forward_sweep(x_BD, y_GD, **forward), whole, 1e-12)
-        for value, expected in zip(kernel.gradient_sweep(x_BD, y_GD, **backward), gradients, strict=True):
+    with mock.patch.object(launches, "FORWARD_STRIP", 32), mock.patch.multiple(rows_kernel, **strips):
+        assert_same_statistics(launches.forward_sweep(x_BD, y_GD, **forward), whole, 1e-12)
+        for value, expected in zip(launches.gradient_sweep(x_BD, y_GD, **backward), gradients, strict=True):
             torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-13)
 
 
@@ -200,7 +200,7 @@ def lattice(num_rows: int, dim: int, dtype: torch.dtype, seed: int) -> torch.Ten
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @interpreted
 def test_lattice_hinges_are_exact_ties_and_exact_hits_included(dtype):
-    from kernels.contrastive import kernel
+    from kernels.contrastive import launches
 
     num_rows, num_columns, offset, group = 30, 60, 15, 3
     x_BD, y_GD = lattice(num_rows, 6, dtype, 0), lattice(num_columns, 6, dtype, 1)
@@ -211,7 +211,7 @@ def test_lattice_hinges_are_exact_ties_and_exact_hits_included(dtype):
     outside = row_group[:, None] != (torch.arange(num_columns) // group)[None, :]
     excess = (cosine - 0.25).relu() * outside
     assert int((cosine == 0.25).sum()) > 100
-    ours = kernel.forward_sweep(x_BD, y_GD, scale=10.0, offset=offset, hinges=Hinges(group, *thresholds))
+    ours = launches.forward_sweep(x_BD, y_GD, scale=10.0, offset=offset, hinges=Hinges(group, *thresholds))
     assert torch.equal(ours.row_hinge_A, excess[::group].sum(1))
     assert torch.equal(ours.row_active_A, (excess[::group] > 0).double().sum(1))
     assert torch.equal(ours.column_hinge_A, excess[:, ::group].sum(0))
@@ -227,7 +227,7 @@ def test_lattice_hinges_are_exact_ties_and_exact_hits_included(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @interpreted
 def test_lattice_margin_gradient_is_exact(dtype):
-    from kernels.contrastive import kernel
+    from kernels.contrastive import launches
 
     num_rows, group = 24, 2
     x_BD, y_GD = lattice(num_rows, 6, dtype, 2), lattice(num_rows, 6, dtype, 3)
@@ -238,7 +238,7 @@ def test_lattice_margin_gradient_is_exact(dtype):
         "column_lse_G": torch.full((num_rows,), 1e6).double(),
     }
     settings |= {"hinge_weight": 0.25, "want_x": True, "want_y": True, "want_scale": True, "cosine_origin": 0.0}
-    dx_BD, dy_GD, scale_sum = kernel.gradient_sweep(
+    dx_BD, dy_GD, scale_sum = launches.gradient_sweep(
         x_BD, y_GD, scale=10.0, offset=0, hinges=Hinges(group, *thresholds), **settings
     )
     cosine, groups = x_BD.double() @ y_GD.double().T, torch.arange(num_rows) // group
@@ -249,6 +249,42 @@ def test_lattice_margin_gradient_is_exact(dtype):
     assert torch.equal(dx_BD.double(), weight @ y_GD.double())
     assert torch.equal(dy_GD.double(), weight.T @ x_BD.double())
     assert scale_sum == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("direction", ["image_to_text", "text_to_image", "both"])
+@pytest.mark.parametrize("hard_per_anchor", [1, 3, 7])
+@interpreted
+def test_the_public_call_agrees_bit_for_bit_with_the_definition_on_a_lattice(hard_per_anchor, direction, dtype):
+    # Counts and weights are powers of two, so that means are exact too; equal rows tie every minimum of their group.
+    image, text = lattice(64, 6, torch.float64, 5), lattice(64, 6, torch.float64, 6)
+    text[9:12], image[17:20] = text[8], image[16]
+    cosine = image @ text.T
+    anchors = torch.arange(0, 64, 1 + hard_per_anchor)
+    hard = anchors[:, None] + torch.arange(1, 1 + hard_per_anchor)
+    assert (cosine[anchors] == cosine[anchors[:, None], hard].amin(1, keepdim=True)).sum() > 2 * len(anchors), "hits"
+    settings = {"hard_per_anchor": hard_per_anchor, "margin_weight": 1.0, "margin_direction": direction}
+    found = []
+    for backend, kind in (("reference", torch.float64), ("triton", dtype)):
+        # A tiny scale makes the contrastive gradient vanish beside the margin's multiples of 1 / (G * A).
+        scale = torch.tensor(2.0**-100, dtype=torch.float64 if kind == torch.float64 else torch.float32)
+        rows = [tower.to(kind) for tower in (image, text)]
+        assert all(torch.equal(own.double(), exact) for own, exact in zip(rows, (image, text), strict=True))
+        found.append(contrastive_gradients(*rows, scale, backend=backend, **settings))
+        # Autograd's way to the same numbers.
+        leaves = [own.requires_grad_() for own in rows]
+        through = torch.autograd.grad(contrastive_loss(*leaves, scale, backend=backend, **settings).loss, leaves)
+        assert all(
+            torch.equal(d.to(kind), direct.to(kind))
+            for d, direct in zip(through, (found[-1].d_image_BD, found[-1].d_text_BD), strict=True)
+        )
+    exact, ours = found
+    for name in ("margin", "image_accuracy", "text_accuracy"):
+        assert getattr(ours.terms, name).item() == getattr(exact.terms, name).item(), name
+    assert ours.terms.loss.item() == exact.terms.loss.float().item()
+    for name in ("d_image_BD", "d_text_BD"):
+        assert torch.equal((getattr(ours, name).double() * 2**30).round(), (getattr(exact, name) * 2**30).round()), name
+        assert getattr(exact, name).abs().max() > 2**-12
 
 
 # Goals for float32 outputs at every loss level; scale 100, loss from 9 to 6e-8.
@@ -313,10 +349,10 @@ def test_equal_rows_have_the_closed_form_at_any_scale(scale):
 @interpreted
 def test_a_column_with_no_other_row_stays_empty_beside_large_logits():
     """Our one row's partner has no entry off the diagonal, while the tile's other logits exceed float32's exponents."""
-    from kernels.contrastive import kernel
+    from kernels.contrastive import launches
 
     x_BD, y_GD = torch.ones(1, 1), torch.ones(3, 1)
-    stats = kernel.forward_sweep(x_BD, y_GD, scale=500.0, offset=1, hinges=Hinges(1, None, None))
+    stats = launches.forward_sweep(x_BD, y_GD, scale=500.0, offset=1, hinges=Hinges(1, None, None))
     assert stats.column_sum_G.tolist() == [1.0, 0.0, 1.0]
     assert stats.column_max_G.tolist() == [1.0, -math.inf, 1.0]
     assert stats.row_sum_B.tolist() == [2.0]
@@ -325,10 +361,10 @@ def test_a_column_with_no_other_row_stays_empty_beside_large_logits():
 @interpreted
 def test_references_far_apart_lose_no_column():
     """Column 1 lies 90 nats below the others: its sum must not underflow with them."""
-    from kernels.contrastive import kernel
+    from kernels.contrastive import launches
 
     x_BD, y_GD = torch.ones(5, 1), torch.tensor([[1.0], [0.1], [1.0], [1.0], [1.0], [1.0], [1.0]])
-    stats = kernel.forward_sweep(x_BD, y_GD, scale=100.0, offset=2, hinges=Hinges(1, None, None))
+    stats = launches.forward_sweep(x_BD, y_GD, scale=100.0, offset=2, hinges=Hinges(1, None, None))
     assert stats.column_sum_G.tolist() == pytest.approx([5, 5, 4, 4, 4, 4, 4], rel=1e-6)
 
 
@@ -345,11 +381,11 @@ def test_nan_shows_in_loss_and_gradients(dtype):
 
 @interpreted
 def test_nan_in_one_row_shows_in_its_statistics_alone_and_in_every_column():
-    from kernels.contrastive import kernel
+    from kernels.contrastive import launches
 
     x_BD, y_GD, settings = sweep_inputs((20, 20, 0, 8, 1), torch.float32)
     x_BD[3, 0] = torch.nan
-    stats = kernel.forward_sweep(x_BD, y_GD, **settings)
+    stats = launches.forward_sweep(x_BD, y_GD, **settings)
     assert stats.row_sum_B.isnan().nonzero().tolist() == [[3]]
     assert stats.row_max_B.isnan().nonzero().tolist() == [[3]]
     assert stats.column_sum_G.isnan().sum() == 19
@@ -358,14 +394,14 @@ def test_nan_in_one_row_shows_in_its_statistics_alone_and_in_every_column():
 
 @interpreted
 def test_an_empty_rank_has_empty_statistics_and_zero_gradients():
-    from kernels.contrastive import kernel
+    from kernels.contrastive import launches
 
     x_BD, y_GD, settings = sweep_inputs((0, 12, 4, 5, 2), torch.float32)
     assert_same_statistics(
-        kernel.forward_sweep(x_BD, y_GD, **settings), blockwise.forward_sweep(x_BD, y_GD, **settings), 0
+        launches.forward_sweep(x_BD, y_GD, **settings), blockwise.forward_sweep(x_BD, y_GD, **settings), 0
     )
     x_BD, y_GD, settings = gradient_inputs((0, 12, 4, 5, 2), torch.float32)
-    dx_BD, dy_GD, scale_sum = kernel.gradient_sweep(x_BD, y_GD, **settings)
+    dx_BD, dy_GD, scale_sum = launches.gradient_sweep(x_BD, y_GD, **settings)
     assert dx_BD.shape == (0, 5)
     assert not dy_GD.any()
     assert scale_sum == 0
@@ -374,17 +410,17 @@ def test_an_empty_rank_has_empty_statistics_and_zero_gradients():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @interpreted
 def test_same_bits_on_every_run_for_strided_rows_and_inputs_untouched(dtype):
-    from kernels.contrastive import kernel
+    from kernels.contrastive import launches
 
     x_BD, y_GD, settings = gradient_inputs((21, 40, 6, 23, 1), dtype)
     wide_x, wide_y = torch.zeros(21, 50, dtype=dtype), torch.zeros(23, 40, dtype=dtype).T
     wide_x[:, 4:27], wide_y[:] = x_BD, y_GD
     before = [value.clone() for value in (wide_x, wide_y, settings["row_lse_B"], settings["hinges"].row_A)]
-    first = kernel.gradient_sweep(x_BD, y_GD, **settings)
-    second = kernel.gradient_sweep(wide_x[:, 4:27], wide_y, **settings)
+    first = launches.gradient_sweep(x_BD, y_GD, **settings)
+    second = launches.gradient_sweep(wide_x[:, 4:27], wide_y, **settings)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     settings = {name: settings[name] for name in ("scale", "offset", "hinges")}
-    runs = [vars(kernel.forward_sweep(x, y, **settings)) for x, y in ((x_BD, y_GD), (wide_x[:, 4:27], wide_y))]
+    runs = [vars(launches.forward_sweep(x, y, **settings)) for x, y in ((x_BD, y_GD), (wide_x[:, 4:27], wide_y))]
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
     after = (wide_x, wide_y, settings["hinges"].row_A)
     assert all(torch.equal(a, b) for a, b in zip(after, (before[0], before[1], before[3]), strict=True))
@@ -397,14 +433,14 @@ def test_tensors_on_the_processor_are_refused_without_the_interpreter():
 
 
 def test_refused_sweeps_name_the_remedy():
-    from kernels.contrastive import kernel
+    from kernels.contrastive import launches
 
     x_BD, y_GD, settings = sweep_inputs((4, 4, 0, 3, 1), torch.float32)
     with pytest.raises(ValueError, match="forward_sweep needs tensors on a GPU"):
-        kernel.forward_sweep(x_BD, y_GD, **settings)
+        launches.forward_sweep(x_BD, y_GD, **settings)
     x_BD, y_GD, settings = gradient_inputs((4, 4, 0, 3, 1), torch.float32)
     with pytest.raises(ValueError, match="gradient_sweep needs tensors on a GPU"):
-        kernel.gradient_sweep(x_BD, y_GD, **settings)
+        launches.gradient_sweep(x_BD, y_GD, **settings)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16, torch.float64])

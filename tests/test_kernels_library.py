@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
+import torch._functorch.config
+import torch._inductor.config
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -77,6 +79,17 @@ def test_compiled_model_has_one_graph_and_the_same_values(loss, settings):
                 torch.testing.assert_close(value, wanted, rtol=1e-10, atol=1e-13)
 
 
+@contextlib.contextmanager
+def without_graphs_on_disk() -> Iterator[None]:
+    """Inductor's cache of graphs knows operations by name, and brings back those of their earlier shapes. Compiled C++ goes
+    by its content and may stay."""
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        yield
+
+
 def test_a_batch_of_another_size_is_not_compiled_anew():
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -96,8 +109,7 @@ def test_inductor_compiles_the_whole_step_to_the_same_values(loss, settings):
     leaves = leaves_for(loss)
     expected = gradients_of(model(loss, {**settings, "backend": "reference"}), leaves)
     compiled = torch.compile(model(loss, settings), fullgraph=True)
-    # Inductor's cache on disk knows the operations by name, and would bring back graphs of their earlier shapes.
-    with torch.compiler.config.patch(force_disable_caches=True):
+    with without_graphs_on_disk():
         values = gradients_of(compiled, leaves)
     for value, wanted in zip(values, expected, strict=True):
         torch.testing.assert_close(value, wanted, rtol=1e-10, atol=1e-13)
@@ -299,7 +311,7 @@ def test_importing_and_running_blockwise_loads_no_triton():
 
 
 def recording_kernel(loss: Callable[..., Any], calls: list[tuple[str, Any]]) -> types.ModuleType:
-    """A kernel.py that notes its calls and computes blockwise."""
+    """A launches.py that notes its calls and computes blockwise."""
     kernel = types.ModuleType("kernel")
 
     def recorded(name):
@@ -321,7 +333,7 @@ def recording_kernel(loss: Callable[..., Any], calls: list[tuple[str, Any]]) -> 
 )
 def test_backend_triton_sweeps_with_its_kernels_alone(loss, folder, forward, gradient_operand, monkeypatch):
     calls: list[tuple[str, Any]] = []
-    name = f"kernels.{folder}.kernel"
+    name = f"kernels.{folder}.launches"
     monkeypatch.setitem(sys.modules, name, recording_kernel(loss, calls))
     monkeypatch.setattr("kernels.rows.checks._require_triton", lambda *_: None)
     leaves = leaves_for(loss)
@@ -371,7 +383,7 @@ def compiled_and_eager_on_rank(rank: int, world_size: int, counts: list[int], ba
     for loss, settings in CASES[1:]:
         forward = model(loss, {**settings, "process_group": dist.group.WORLD})
         for called in (forward, torch.compile(forward, fullgraph=True, backend=backend)):
-            with torch.compiler.config.patch(force_disable_caches=True):
+            with without_graphs_on_disk():
                 values = gradients_of(called, rows_of_rank(loss, counts, rank))
             results.append((values, list(calls)))
             calls.clear()

@@ -30,12 +30,12 @@ def definition(x_BD, y_GD, scale: float, bias: float, offset: int) -> list[torch
 
 def kernel_results(x_BD, y_GD, scale: float, bias: float, offset: int, **settings) -> list[torch.Tensor]:
     from kernels.rows import kernel as rows_kernel
-    from kernels.sigmoid import kernel
+    from kernels.sigmoid import launches
 
     with mock.patch.multiple(rows_kernel, **SMALL_STRIPS):
-        total = kernel.negative_sum(x_BD, y_GD, scale=scale, bias=bias, offset=offset)
+        total = launches.negative_sum(x_BD, y_GD, scale=scale, bias=bias, offset=offset)
         wanted = dict.fromkeys(("want_x", "want_y", "want_scalars"), True) | settings
-        sweep = kernel.gradient_sweep(x_BD, y_GD, scale=scale, bias=bias, offset=offset, **wanted)
+        sweep = launches.gradient_sweep(x_BD, y_GD, scale=scale, bias=bias, offset=offset, **wanted)
     return [total, *sweep]
 
 
@@ -200,11 +200,11 @@ def test_memory_beside_results_does_not_grow_with_the_batch():
 
 
 def test_tensors_on_the_cpu_are_refused_outside_the_interpreter():
-    from kernels.sigmoid import kernel
+    from kernels.sigmoid import launches
 
     rows = torch.ones(2, 4)
     with pytest.raises(ValueError, match="needs tensors on a GPU, not on cpu"):
-        kernel.negative_sum(rows, rows, scale=1.0, bias=0.0, offset=0)
+        launches.negative_sum(rows, rows, scale=1.0, bias=0.0, offset=0)
 
 
 def test_a_kernels_blocks_fit_the_product_that_reads_its_weights():

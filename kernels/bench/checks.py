@@ -219,15 +219,15 @@ def _topk(device: torch.device, backend: str, dtype: torch.dtype, num_pairs: int
 
 def _long_rows(device: torch.device, num_rows: int, dim: int) -> Errors:
     # Triton alone has 64-bit addresses to prove.
-    from kernels.sigmoid import kernel
+    from kernels.sigmoid import launches
 
     generator = torch.Generator(device).manual_seed(1)
     y_GD = torch.empty(num_rows, dim, dtype=torch.bfloat16, device=device).normal_(generator=generator)
     y_GD *= dim**-0.5
     x_BD = y_GD[-64:].clone()
     settings = {"scale": 10.0, "bias": -5.0, "offset": num_rows - 64}
-    total = kernel.negative_sum(x_BD, y_GD, **settings)
-    dx_BD, *_ = kernel.gradient_sweep(x_BD, y_GD, want_x=True, want_y=False, want_scalars=False, **settings)
+    total = launches.negative_sum(x_BD, y_GD, **settings)
+    dx_BD, *_ = launches.gradient_sweep(x_BD, y_GD, want_x=True, want_y=False, want_scalars=False, **settings)
     exact, exact_dx_BD = torch.zeros_like(total), torch.zeros_like(dx_BD, dtype=torch.float64)
     own_B = torch.arange(64, device=device)
     for first in range(0, num_rows, 1 << 16):

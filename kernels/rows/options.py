@@ -8,7 +8,7 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """A loss adds its own settings, its tiles and its package, which has a `blockwise` and a `kernel` module."""
+    """A loss adds its own settings, its tiles and its package, which has a `blockwise` and a `launches` module."""
 
     package: ClassVar[str]
 
@@ -18,7 +18,7 @@ class SweepOptions:
     @property
     def sweeps(self) -> ModuleType:
         """The module whose sweeps do the work; only who asks for Triton's loads Triton."""
-        return importlib.import_module(f"{self.package}.{'kernel' if self.backend == 'triton' else 'blockwise'}")
+        return importlib.import_module(f"{self.package}.{'launches' if self.backend == 'triton' else 'blockwise'}")
 
     @property
     def gradient_settings(self) -> dict[str, str]:

@@ -1,10 +1,7 @@
-"""Triton sweeps of the sigmoid loss over this rank's rows `x` and all ranks' rows `y`, positives left out.
+"""The Triton kernels of the sigmoid loss over rows `x` and `y`, positives left out; `launches` makes sweeps of them.
 
-The same calls as `blockwise`'s. A program forms one tile of logits; its sums leave it as float64, one number for a
-program, and its gradient weights go through scratch memory (`kernels.rows.kernel`).
-
-Shape letters: `B` rows of this rank, `G` rows of all ranks, `D` embedding. Row i of `x` is the partner of row `offset
-+ i` of `y`.
+A program forms one tile of logits; its sums leave it as float64, one number for a program, and its gradient weights go
+through scratch memory (`kernels.rows.kernel`). Row i of `x` is the partner of row `offset + i` of `y`.
 """
 
 from typing import Any
@@ -12,18 +9,15 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from kernels.launch import Specialisation, blocks_for, chip_of, require_triton
+from kernels.launch import Specialisation, blocks_for
 from kernels.rows.kernel import (
     TRITON_DTYPES,
-    Weights,
     aligned_arguments,
     cosine_tile,
     numerics_for,
     product_specialisations,
     store_weights,
-    strips,
     tile_settings,
 )
 from kernels.rows.precision import accumulation_dtype
@@ -161,117 +155,12 @@ def sigmoid_weights_kernel(
     store_weights(weight, high_ptr, low_ptr, row, column, stride, SPLIT, INTERPRET, BLOCK_I, BLOCK_J)
 
 
-def negative_sum(
-    x_BD: Tensor,
-    y_GD: Tensor,
-    *,
-    scale: float,
-    bias: float,
-    offset: int,
-    row_tile: int | None = None,
-    column_tile: int | None = None,
-) -> Tensor:
-    """float64 0-d sum of softplus over the logits off the diagonal; tile sizes come from `kernels.launch` instead."""
-    require_triton("sigmoid_contrastive_loss", x_BD.device)
-    launch = _Launch("sigmoid_negative_sum", x_BD, y_GD, scale, bias, offset)
-    total = torch.zeros((), dtype=torch.float64, device=x_BD.device)
-    for rows, columns in strips(len(x_BD), len(y_GD)):
-        grid = launch.grid(rows, columns)
-        sums = total.new_empty(grid[0] * grid[1])
-        negative_sum_kernel[grid](
-            *launch.arguments(rows, columns, sums),
-            **_sum_settings(launch.chip, x_BD.dtype, launch.dim),
-            **launch.options,
-        )
-        total += sums.sum()
-    return total
-
-
-def gradient_sweep(
-    x_BD: Tensor,
-    y_GD: Tensor,
-    *,
-    scale: float,
-    bias: float,
-    offset: int,
-    want_x: bool,
-    want_y: bool,
-    want_scalars: bool,
-    gradient_operand: str = "precise",
-    row_tile: int | None = None,
-    column_tile: int | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """(sum_j g_ij y_j, sum_i g_ij x_i, sum g_ij cosine_ij, sum g_ij) with g = sigmoid(logit) off the diagonal.
-
-    Unwanted ones are None, or 0 (float64). gradient_operand: "precise" multiplies 16-bit rows with g as the sum of two
-    16-bit numbers, "fast" with g rounded to one. Tile sizes come from `kernels.launch` instead.
-    """
-    require_triton("sigmoid_contrastive_loss", x_BD.device)
-    launch = _Launch("sigmoid_weights", x_BD, y_GD, scale, bias, offset)
-    dtype = accumulation_dtype(x_BD.dtype)
-    dx_BD = launch.x_BD.new_zeros(x_BD.shape, dtype=dtype) if want_x else None
-    dy_GD = launch.y_GD.new_zeros(y_GD.shape, dtype=dtype) if want_y else None
-    totals = torch.zeros(2, dtype=torch.float64, device=x_BD.device)
-    if not (want_x or want_y or want_scalars) or 0 in (len(x_BD), len(y_GD)):
-        return dx_BD, dy_GD, totals[0], totals[1]
-    weights = Weights.scratch("sigmoid_weights", x_BD, y_GD, launch.chip, gradient_operand)
-    settings = _weight_settings(launch.chip, x_BD.dtype, launch.dim, gradient_operand)
-    for rows, columns in strips(len(x_BD), len(y_GD)):
-        grid = launch.grid(rows, columns)
-        sums = totals.new_empty(grid[0] * grid[1], 2)
-        x_rows, y_rows, *rest = launch.arguments(rows, columns, sums)
-        scalars_and_sums, sizes = rest[:2], rest[2:]
-        sigmoid_weights_kernel[grid](
-            x_rows,
-            y_rows,
-            *scalars_and_sums,
-            weights.high,
-            weights.low,
-            *sizes,
-            weights.stride,
-            **settings,
-            **launch.options,
-        )
-        if want_scalars:
-            totals += sums.sum(0)
-        if dx_BD is not None:
-            weights.add_products(y_rows, dx_BD[rows], transposed=False)
-        if dy_GD is not None:
-            weights.add_products(x_rows, dy_GD[columns], transposed=True)
-    return dx_BD, dy_GD, totals[0], totals[1]
-
-
-class _Launch:
-    """What the launches of one sweep share."""
-
-    def __init__(self, kernel: str, x_BD: Tensor, y_GD: Tensor, scale: float, bias: float, offset: int):
-        # Kernels address rows without gaps.
-        self.x_BD, self.y_GD = x_BD.contiguous(), y_GD.contiguous()
-        self.dim, self.offset, self.chip = x_BD.shape[1], offset, chip_of(x_BD.device)
-        self.blocks = blocks_for(kernel, self.chip, x_BD.dtype, self.dim)
-        self.options = {"num_warps": self.blocks.num_warps, "num_stages": self.blocks.num_stages}
-        # As an argument a Python number would be a float32, also for float64 rows.
-        self.scalars = x_BD.new_tensor([scale, bias], dtype=accumulation_dtype(x_BD.dtype))
-
-    def grid(self, rows: slice, columns: slice) -> tuple[int, int]:
-        return (
-            triton.cdiv(columns.stop - columns.start, self.blocks.columns),
-            triton.cdiv(rows.stop - rows.start, self.blocks.rows),
-        )
-
-    def arguments(self, rows: slice, columns: slice, sums: Tensor) -> tuple[Any, ...]:
-        """Of a strip: rows, scalars, sums, sizes."""
-        x_rows, y_rows = self.x_BD[rows], self.y_GD[columns]
-        offset = self.offset + rows.start - columns.start
-        return x_rows, y_rows, self.scalars, sums, len(x_rows), len(y_rows), self.dim, offset
-
-
-def _sum_settings(chip: str, dtype: torch.dtype, dim: int) -> dict[str, Any]:
+def sum_settings(chip: str, dtype: torch.dtype, dim: int) -> dict[str, Any]:
     terms = SERIES_TERMS[accumulation_dtype(dtype)]
     return {"TERMS": terms, **tile_settings("sigmoid_negative_sum", chip, dtype, dim)}
 
 
-def _weight_settings(chip: str, dtype: torch.dtype, dim: int, gradient_operand: str) -> dict[str, Any]:
+def weight_settings(chip: str, dtype: torch.dtype, dim: int, gradient_operand: str) -> dict[str, Any]:
     numerics = numerics_for(dtype, chip, gradient_operand)
     return {
         "SPLIT": numerics.split,
@@ -280,16 +169,16 @@ def _weight_settings(chip: str, dtype: torch.dtype, dim: int, gradient_operand: 
 
 
 def specialisations(chip: str, dtype: torch.dtype, dim: int) -> list[Specialisation]:
-    """What `negative_sum` and `gradient_sweep`, precise and fast, compile for rows of width `dim`."""
+    """What both sweeps, precise and fast, compile for rows of width `dim`."""
     rows, total = (f"*{TRITON_DTYPES[kind]}" for kind in (dtype, accumulation_dtype(dtype)))
     pointers = {"x_ptr": rows, "y_ptr": rows, "scalars_ptr": total, "sum_ptr": "*fp64"}
     sizes = dict.fromkeys(("num_x", "num_y", "dim", "offset"), "i32")
     sum_signature = pointers | sizes
     weights = f"*{TRITON_DTYPES[numerics_for(dtype, chip, 'precise').weights]}"
     weight_signature = pointers | {"high_ptr": weights, "low_ptr": weights} | sizes | {"stride": "i32"}
-    found = [_specialisation(negative_sum_kernel, sum_signature, _sum_settings(chip, dtype, dim), chip, dtype, dim)]
+    found = [_specialisation(negative_sum_kernel, sum_signature, sum_settings(chip, dtype, dim), chip, dtype, dim)]
     for gradient_operand in ("precise", "fast"):
-        settings = _weight_settings(chip, dtype, dim, gradient_operand)
+        settings = weight_settings(chip, dtype, dim, gradient_operand)
         found.append(_specialisation(sigmoid_weights_kernel, weight_signature, settings, chip, dtype, dim))
     return [*found, *product_specialisations(chip, dtype, dim)]
 
