@@ -2,6 +2,7 @@
 SIGKILL, and damage named."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -386,6 +387,8 @@ def train_unkilled(rank: int, world_size: int, flags: list[str]) -> None:
 
     # What the launcher says, and DeepSpeed reads.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), DS_ACCELERATOR="cpu")
+    # A child of the fork server would start its data workers by another one, which takes a minute; a program forks them.
+    multiprocessing.set_start_method("fork", force=True)
     os.chdir(ROOT)
     train(parse_config("pocket-pretrain", flags), "pocket-pretrain", Ranks(rank, world_size, rank, torch.device("cpu")))
 
