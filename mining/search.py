@@ -286,7 +286,8 @@ def run_job(
                 return finished
             time.sleep(POLL_S)
         with finishing_alone(writer.partial):
-            if finished := job.finished():
+            # Started afresh, a table that is there already is the one to replace.
+            if resume and (finished := job.finished()):
                 return finished
             seconds = round(time.monotonic() - started_s, 3)
             return job.finish(writer, {"seconds": seconds, "num_searched": len(job.store) - num_done})

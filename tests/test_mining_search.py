@@ -179,6 +179,8 @@ def test_finished_table_is_kept_and_other_parameters_replace_it(tmp_path):
     inode = os.stat(tmp_path / "pairs" / "pair_ids.npy").st_ino
     search_pairs(store, tmp_path / "pairs", SearchLimits(k=3))
     assert os.stat(tmp_path / "pairs" / "pair_ids.npy").st_ino == inode
+    search_pairs(store, tmp_path / "pairs", SearchLimits(k=3), resume=False)
+    assert os.stat(tmp_path / "pairs" / "pair_ids.npy").st_ino != inode
     assert search_pairs(store, tmp_path / "pairs", SearchLimits(k=4)).k == 4
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
