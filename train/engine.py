@@ -69,6 +69,9 @@ class Engine:
             )
         self.device = ranks.device
         self.stage = self.engine.zero_optimization_stage()
+        # ZeRO and the 16-bit wrappers look for gradients that are not finite themselves; plain ZeRO-0 would step with them.
+        self.checks_gradients = self.stage == 0 and not hasattr(self.optimizer, "overflow")
+        self.whole_norm = math.nan
         self.max_log_scale = math.log(optim.max_logit_scale)
         self.world_size, self.rank = ranks.world_size, ranks.rank
 
@@ -81,12 +84,16 @@ class Engine:
     def module(self) -> torch.nn.Module:
         return self.engine.module
 
-    def backward_and_step(self, loss: torch.Tensor, learning_rate: float) -> None:
+    def backward_and_step(self, loss: torch.Tensor, learning_rate: float) -> bool:
+        """False when a gradient was not finite, on whichever rank: then nothing has changed."""
         self.engine.backward(loss)
-        self._step(learning_rate)
+        return self._step(learning_rate)
 
-    def accumulate_and_step(self, losses: Iterator[torch.Tensor], num_losses: int, learning_rate: float) -> None:
-        """Backward through losses that are made one after the other, one reduction of their summed gradients, one step."""
+    def accumulate_and_step(self, losses: Iterator[torch.Tensor], num_losses: int, learning_rate: float) -> bool:
+        """Backward through losses that are made one after the other, one reduction of their summed gradients, one step.
+
+        False when a gradient was not finite, on whichever rank: then nothing has changed.
+        """
         # ZeRO would reduce after every backward. At ZeRO-0 and under DeepSpeed's 16-bit wrappers the boundary holds it back instead, and
         # has to be known before the forward.
         coalesces = hasattr(self.engine.optimizer, "_coalesce_grad_reduction")
@@ -95,18 +102,27 @@ class Engine:
                 if not coalesces:
                     self.engine.set_gradient_accumulation_boundary(number == num_losses - 1)
                 self.engine.backward(next(losses))
-        self._step(learning_rate)
+        return self._step(learning_rate)
 
-    def _step(self, learning_rate: float) -> None:
+    def _step(self, learning_rate: float) -> bool:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        if self.checks_gradients:
+            # Reduced already: every rank sees the same numbers and decides alike.
+            gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+            self.whole_norm = float(torch.nn.utils.get_total_norm(gradients))
+            if not math.isfinite(self.whole_norm):
+                self.engine.zero_grad()
+                return False
         self.engine.step()
+        if not self.engine.was_step_applied():
+            return False
         self._clamp_logit_scale()
+        return True
 
     def gradient_norm(self) -> float:
-        """Global norm of the gradient of the last step, before clipping; NaN where DeepSpeed does not compute it (ZeRO-0)."""
-        norm = self.engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        """Global norm of the gradient of the last step, before clipping; infinite or NaN when a gradient was not finite."""
+        return self.whole_norm if self.checks_gradients else float(self.engine.get_global_grad_norm())
 
     def _clamp_logit_scale(self) -> None:
         """Hold the temperature's fp32 master and the copy that the next forward sees below the limit, at every ZeRO stage."""

@@ -65,12 +65,16 @@ def encode_in_chunks(engine: Engine, batch: RankBatch, micro_batch_size: int) ->
 
 def replay_and_step(
     engine: Engine, chunks: Sequence[CachedChunk], gradients: kernels.ContrastiveGradients, rate: float
-) -> None:
-    """Carry the features' gradients into the weights chunk by chunk and take one optimizer step. Collective: every rank calls."""
+) -> bool:
+    """Carry the features' gradients into the weights chunk by chunk and take one optimizer step. Collective: every rank calls.
+
+    False when a gradient was not finite: then nothing has changed.
+    """
     after = RandomState.now(engine.device)
     with kept_running_statistics(engine.module):
-        engine.accumulate_and_step(_losses(engine, chunks, gradients), len(chunks), rate)
+        taken = engine.accumulate_and_step(_losses(engine, chunks, gradients), len(chunks), rate)
     after.restore(engine.device)
+    return taken
 
 
 def _losses(

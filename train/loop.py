@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,13 @@ from train.feature_cache import encode_in_chunks, replay_and_step
 from train.metrics import MetricsLog, StepClock
 from train.model import CONFIG_FILE, MERGES_FILE, WEIGHTS_FILE, TwoTowers, build_model, build_tokenizer
 from train.schedule import learning_rate
+from train.skipped import SkippedSteps
 
 
 def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
     """Run a recipe to its last step, from the newest checkpoint when there is one. Collective: every rank calls.
 
-    Raises ValueError for what a user can mend (paths, sizes, a run folder of other settings), RuntimeError when the loss stays
+    Raises ValueError for what a user can mend (paths, sizes, a run folder of other settings), RuntimeError when loss or gradients stay
     non-finite.
     """
     run = Path(config.out)
@@ -70,8 +71,8 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
     if start:
         log.say(f"going on from {start[0]}")
 
-    clock, skipped_in_a_row = StepClock(), 0
-    replaced = ReplacedPictures(run, ranks.rank)
+    clock, replaced = StepClock(), ReplacedPictures(run, ranks.rank)
+    skipped = SkippedSteps(run, ranks.rank, config.max_skipped_steps, first_step)
     batches = step_loader(
         dataset,
         start_step=first_step,
@@ -81,12 +82,11 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
     )
     for done, batch in enumerate(timed(batches, clock), start=first_step + 1):
         rate = learning_rate(config.optim, done - 1, num_steps)
-        output, scale, finite = train_step(engine, config, batch, rate)
-        skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
-        if skipped_in_a_row == config.max_skipped_steps:
-            raise RuntimeError(
-                f"the loss was not finite for {skipped_in_a_row} steps in a row, the last is step {done}"
-            )
+        outcome = train_step(engine, config, batch, rate)
+        if outcome.not_finite:
+            skipped.skipped(done, outcome.not_finite, batch, outcome.features)
+        else:
+            skipped.took()
         clock.step_done(batch.global_batch_size)
         replaced.note(done, batch)
         if done % config.log_every_steps == 0 or done == num_steps:
@@ -99,7 +99,8 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
                 {
                     **position,
                     "learning_rate": rate,
-                    **measurements(output, scale, engine, batch, config),
+                    **measurements(outcome, engine, batch),
+                    "skipped_steps": skipped.num_steps,
                     **(replaced.take() if config.data.shards else {}),
                     **clock.take(),
                 }
@@ -121,35 +122,42 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
     return run
 
 
-def train_step(
-    engine: Engine, config: TrainConfig, batch: RankBatch, rate: float
-) -> tuple[kernels.ContrastiveOutput, torch.Tensor, bool]:
-    """Forward, loss over all ranks' rows, backward, optimizer step. A loss that is not finite changes nothing.
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step's loss was, and whether the weights took it."""
 
-    The loss is the same number on every rank, so all skip together. Collective: every rank calls.
+    terms: kernels.ContrastiveOutput
+    scale: torch.Tensor
+    features: tuple[torch.Tensor, torch.Tensor]
+    not_finite: str
+    """"loss" or "gradient" when that was not finite, then nothing has changed; empty when the step was taken"""
+
+
+def train_step(engine: Engine, config: TrainConfig, batch: RankBatch, rate: float) -> StepOutcome:
+    """Forward, loss over all ranks' rows, backward, optimizer step. What is not finite changes nothing.
+
+    The loss is the same number on every rank, and so is what a reduced gradient holds, so all skip together. Collective: every rank calls.
     """
     if config.micro_batch_size:
         return cached_train_step(engine, config, batch, rate)
     image_BD, text_BD, scale = engine.forward(batch.image_BCHW, batch.text_BL)
-    output = kernels.contrastive_loss(image_BD, text_BD, scale, **loss_options(config))
-    finite = math.isfinite(output.loss.item())
-    if finite:
-        engine.backward_and_step(output.loss, rate)
-    return output, scale.detach(), finite
+    terms = kernels.contrastive_loss(image_BD, text_BD, scale, **loss_options(config))
+    not_finite = "" if math.isfinite(terms.loss.item()) else "loss"
+    if not not_finite and not engine.backward_and_step(terms.loss, rate):
+        not_finite = "gradient"
+    return StepOutcome(terms, scale.detach(), (image_BD.detach(), text_BD.detach()), not_finite)
 
 
-def cached_train_step(
-    engine: Engine, config: TrainConfig, batch: RankBatch, rate: float
-) -> tuple[kernels.ContrastiveOutput, torch.Tensor, bool]:
+def cached_train_step(engine: Engine, config: TrainConfig, batch: RankBatch, rate: float) -> StepOutcome:
     """The same step with the activations of about `micro_batch_size` rows at a time. Collective: every rank calls."""
     chunks = encode_in_chunks(engine, batch, config.micro_batch_size)
     image_BD, text_BD = (torch.cat([getattr(chunk, name) for chunk in chunks]) for name in ("image_BD", "text_BD"))
     scale = chunks[0].scale
     gradients = kernels.contrastive_gradients(image_BD, text_BD, scale, **loss_options(config))
-    finite = math.isfinite(gradients.terms.loss.item())
-    if finite:
-        replay_and_step(engine, chunks, gradients, rate)
-    return gradients.terms, scale, finite
+    not_finite = "" if math.isfinite(gradients.terms.loss.item()) else "loss"
+    if not not_finite and not replay_and_step(engine, chunks, gradients, rate):
+        not_finite = "gradient"
+    return StepOutcome(gradients.terms, scale, (image_BD, text_BD), not_finite)
 
 
 def loss_options(config: TrainConfig) -> dict[str, Any]:
@@ -175,16 +183,11 @@ def timed(batches: Iterator[RankBatch], clock: StepClock) -> Iterator[RankBatch]
         yield batch
 
 
-def measurements(
-    output: kernels.ContrastiveOutput, scale: torch.Tensor, engine: Engine, batch: RankBatch, config: TrainConfig
-) -> dict[str, float]:
+def measurements(outcome: StepOutcome, engine: Engine, batch: RankBatch) -> dict[str, float]:
+    names = ("loss", "contrastive", "margin", "image_accuracy", "text_accuracy")
     return {
-        "loss": output.loss.item(),
-        "contrastive": output.contrastive.item(),
-        "margin": output.margin.item(),
-        "image_accuracy": output.image_accuracy.item(),
-        "text_accuracy": output.text_accuracy.item(),
-        "logit_scale": scale.item(),
+        **{name: getattr(outcome.terms, name).item() for name in names},
+        "logit_scale": outcome.scale.item(),
         "gradient_norm": engine.gradient_norm(),
         "substitutes": batch.num_substitutes,
     }

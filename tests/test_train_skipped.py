@@ -1,0 +1,106 @@
+"""A loss or a gradient that is not finite, planted on one rank: all skip the step, it is counted and named, and too many end the run."""
+
+import json
+import os
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ranks import run_on_ranks
+from tests.tiny_world import tiny_store, training_flags
+
+BAD_STEPS = (2, 3)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    tiny_store(folder, num_hues=12)
+    for stage in range(4):
+        config = {"zero_optimization": {"stage": stage}}
+        (folder / f"stage_{stage}.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def spoil(features: torch.Tensor, where: str) -> torch.Tensor:
+    if where == "loss":
+        return features * float("nan")
+    # Finite forward, a gradient that is not.
+    features.register_hook(lambda gradient: gradient * float("inf"))
+    return features
+
+
+def train_with_bad_steps(rank: int, world_size: int, folder: Path, where: str, stages: range, flags: dict) -> list[str]:
+    """Train at each stage with `where` spoilt on rank 1 at BAD_STEPS; what the run died of, or nothing."""
+    from train.distributed import Ranks
+    from train.engine import Engine
+    from train.loop import train
+    from train.main import parse_config
+
+    # What the launcher says, and DeepSpeed reads.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), DS_ACCELERATOR="cpu")
+    original, calls = Engine.forward, []
+
+    def forward(self, *args):
+        calls.append(1)
+        image_BD, text_BD, scale = original(self, *args)
+        return spoil(image_BD, where) if rank == 1 and len(calls) in BAD_STEPS else image_BD, text_BD, scale
+
+    Engine.forward, errors = forward, []
+    for stage in stages:
+        calls.clear()
+        out = folder / f"{where}-{stage}-{len(flags)}"
+        settings = {"max_steps": 4, "threads": 1, "save_every_steps": 1, "keep_checkpoints": 9, **flags}
+        config = training_flags(folder / "store", out, folder / f"stage_{stage}.json", **settings)
+        try:
+            train(
+                parse_config("pocket-pretrain", list(config)),
+                "pocket-pretrain",
+                Ranks(rank, world_size, rank, torch.device("cpu")),
+            )
+        except RuntimeError as error:
+            errors.append(str(error))
+    return errors
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def parameters(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """Without BatchNorm's statistics, which follow every forward pass."""
+    from train.model import load_model
+
+    model = load_model(run / "checkpoints" / f"step_{step}").model
+    return {name: value.detach() for name, value in model.named_parameters()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "stages"), [("gradient", range(4)), ("loss", range(1))])
+def test_steps_that_are_not_finite_change_no_weight_on_any_rank_and_are_named(world, where, stages):
+    assert run_on_ranks(train_with_bad_steps, 2, world, where, stages, {}, timeout_s=300) == [[], []]
+    for stage in stages:
+        run = world / f"{where}-{stage}-0"
+        weights = [parameters(run, step) for step in (1, 2, 3, 4)]
+        same = [all(torch.equal(one[name], other[name]) for name in one) for one, other in pairwise(weights)]
+        assert same == [True, True, False], stage
+        assert all(value.isfinite().all() for value in weights[-1].values())
+        metrics = rows(run / "metrics.jsonl")
+        assert [row["skipped_steps"] for row in metrics] == [0, 1, 2, 2]
+        assert metrics[3]["gradient_norm"] > 0
+        for rank in range(2):
+            named = rows(run / f"skipped_rank{rank}.jsonl")
+            assert [(row["step"], row["not_finite"]) for row in named] == [(2, where), (3, where)]
+            # 16 pairs a batch, half of them on each rank.
+            assert [len(set(row["pair_ids"])) for row in named] == [8, 8]
+            assert [row["rows_not_finite"] for row in named] == [8 if where == "loss" and rank == 1 else 0] * 2
+
+
+@pytest.mark.slow
+def test_too_many_in_a_row_end_the_run_on_every_rank_with_the_step_and_the_rank(world):
+    errors = run_on_ranks(train_with_bad_steps, 2, world, "loss", range(1, 2), {"max_skipped_steps": 2})
+    for found in errors:
+        assert len(found) == 1
+        assert "not finite for 2 steps in a row; the last is step 3, for its loss; rank 1's features" in found[0]
