@@ -4,6 +4,7 @@ SIGKILL, and damage named."""
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from train.data.augment import augment_image, draw_seed
 from train.data.loader import step_loader
 from train.data.shard_index import SAMPLES_NAME, ShardIndex, build_index, local_tars
 from train.data.stream_order import StreamOrder
+from train.data.tar_scan import SAMPLE
 from train.data.tar_stream import MAX_UNDECODABLE_IN_A_ROW, TarStream
 from train.ingest.samples import reason_category
 from train.loop import check_same_data
@@ -187,6 +189,12 @@ def test_the_index_is_made_once_and_again_for_a_tar_that_was_written_again(tars,
     assert touched.fingerprint == first.fingerprint
     write_tar(tmp_path / "tars" / "00000.tar", shape_samples(0, 22))
     assert index_of(tmp_path / "tars", tmp_path).fingerprint != first.fingerprint
+
+
+def test_an_index_goes_to_other_processes_without_its_rows(index):
+    pickled = pickle.dumps(index)
+    assert len(pickled) < 300 < NUM_SAMPLES * SAMPLE.itemsize
+    assert np.array_equal(pickle.loads(pickled).samples_N, index.samples_N)
 
 
 def test_a_damaged_index_is_refused(index, tmp_path):

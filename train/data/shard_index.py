@@ -76,6 +76,10 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.samples_N)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickled, a memory-mapped array is a copy of its content.
+        return ShardIndex.open, (self.folder,)
+
     def shard_number(self, sample_id: int) -> int:
         """Which of `shards` holds the sample."""
         return int(np.searchsorted(self._ends, sample_id, side="right"))
