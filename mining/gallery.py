@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from mining.gallery_page import gallery_html
 from mining.gallery_picks import picks
-from mining.ledger import LEDGER_NAME, read_ledger
+from mining.ledger import COSINES, LEDGER_NAME, read_ledger
 from mining.manifest import read_manifest
 from mining.pair_table import PairTable
 from mining.plots import charts_html
@@ -216,20 +216,30 @@ def read_hard_pairs(table: PairTable, pictures: MdsPictures, pair_id: int, numbe
 def read_left_out(table: PairTable, pictures: MdsPictures, pair_id: int, known: LedgerRows) -> list[LeftOut]:
     """For each cause that took something from this anchor."""
     found = [
-        (cause, int(count), [int(example)])
+        (cause, int(count), int(example))
         for cause, count, example in zip(
             CAUSES, table.num_excluded_NC[pair_id], table.excluded_example_NC[pair_id], strict=True
         )
         if count and example != NO_PAIR
     ]
-    for cause, mask_NK in (("false_negative", table.false_negative_NK), ("hub_capped", table.hub_capped_NK)):
-        if mask_NK is not None and mask_NK[pair_id].any():
-            ids = table.ranked_ids_NK[pair_id][mask_NK[pair_id]].tolist()
-            found.append((cause, len(ids), ids[:EXAMPLES]))
-    return [
-        LeftOut(cause, count, [(pictures[other], cosines_text(known.get((cause, pair_id, other)))) for other in others])
-        for cause, count, others in found
+    left_out = [
+        LeftOut(cause, count, [(pictures[example], cosines_text(known.get((cause, pair_id, example))))])
+        for cause, count, example in found
     ]
+    for cause, mask_NK in (("false_negative", table.false_negative_NK), ("hub_capped", table.hub_capped_NK)):
+        places = np.flatnonzero(mask_NK[pair_id]) if mask_NK is not None else []
+        examples = []
+        for place in places[:EXAMPLES]:
+            other = int(table.ranked_ids_NK[pair_id, place])
+            cosines = (
+                table.ranked_image_similarity_NK[pair_id, place],
+                table.ranked_text_similarity_NK[pair_id, place],
+            )
+            # The ledger of a large table does not list them all.
+            row = known.get((cause, pair_id, other)) or dict(zip(COSINES, cosines, strict=False))
+            examples.append((pictures[other], cosines_text(row)))
+        left_out += [LeftOut(cause, len(places), examples)] if len(places) else []
+    return left_out
 
 
 def cosines_text(row: Mapping[str, Any] | None) -> str:
@@ -237,7 +247,7 @@ def cosines_text(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return ""
     text = f"image {row['image_similarity']:.2f}, text {row['text_similarity']:.2f}"
-    if row["cause"] == "false_negative":
+    if row.get("cause") == "false_negative":
         text += (
             f"; this image, that text {row['image_to_text']:.2f}; that image, this text {row['text_to_image']:.2f}; "
             f"this pair itself {row['alignment']:.2f}"

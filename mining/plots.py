@@ -4,17 +4,17 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-WIDTH, HEIGHT = 400, 210
-LEFT, RIGHT, TOP, BOTTOM = 10, 10, 22, 40
+WIDTH, HEIGHT = 300, 190
+LEFT, RIGHT, TOP, BOTTOM = 4, 4, 22, 34
 # Labels that fit below the bars side by side.
 MOST_LABELS = 12
 
 STYLE = """
-.gallery .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(330px, 100%), 1fr)); gap: 14px; margin: 22px 0 0; }
+.gallery .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(270px, 100%), 1fr)); gap: 14px; margin: 22px 0 0; }
 .gallery .chart { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 14px; }
 .gallery .chart h3 { font-size: 13px; margin: 0; }
 .gallery .chart p { font-size: 12px; margin: 0 0 4px; }
-.gallery .chart svg { display: block; width: 100%; height: auto; font-size: 10px; font-variant-numeric: tabular-nums; }
+.gallery .chart svg { display: block; width: 100%; height: auto; font-size: 9px; font-variant-numeric: tabular-nums; }
 .gallery .chart rect { fill: var(--image); }
 .gallery .chart text { fill: var(--muted); text-anchor: middle; }
 .gallery .chart text.count { fill: var(--ink); }
@@ -32,8 +32,8 @@ def charts_html(summary: Mapping[str, Any]) -> str:
     out = left_out_bars(summary)
     charts = [
         bar_chart("Scores of all hard pairs", "hard pairs by image cosine x text cosine", scores, edges=edges),
-        bar_chart("Coverage", f"pairs by the number of their hard pairs (k = {summary['k']})", coverage),
-        bar_chart("Lists a pair is in", "pairs by how often they serve as hard pair: hubs on the right", lists),
+        bar_chart("Coverage", f"pairs by number of hard pairs (k = {summary['k']})", coverage),
+        bar_chart("Lists a pair is in", "pairs by lists they are in, hubs right", lists),
         bar_chart("Left out", "pairs of an anchor and another, by cause", out),
     ]
     return f'<div class="charts">{"".join(charts)}</div>'
@@ -82,7 +82,7 @@ def bar_chart(title: str, note: str, bars: Sequence[tuple[str, int]], *, edges: 
             parts.append(f'<text class="count" x="{middle:.1f}" y="{floor - height - 4:.1f}">{compact(count)}</text>')
         if edges is None:
             # Long labels of narrow bars stand on two lines in turn.
-            row = number % 2 if len(bars) > 6 else 0
+            row = number % 2 if len(bars) > 5 else 0
             parts.append(f'<text x="{middle:.1f}" y="{floor + 14 + 12 * row}">{html.escape(label)}</text>')
     for place, label in (edges or {}).items():
         anchor = "start" if place == 0 else "end" if place == len(bars) else "middle"

@@ -105,7 +105,7 @@ def test_help_lists_commands_and_flags(capsys):
     for arguments in ((), ("--help",)):
         code, out, _ = call(capsys, *arguments)
         assert code == 0
-        assert all(command in out for command in ("search", "verify", "inspect", "gallery"))
+        assert all(command in out for command in ("search", "append", "verify", "inspect", "gallery"))
     code, out, _ = call(capsys, "search", "--help")
     assert code == 0
     for flag in (
@@ -115,6 +115,8 @@ def test_help_lists_commands_and_flags(capsys):
         "--backend",
         "--image-ceiling",
         "--noise-alignment-quantile",
+        "--false-negative-margin",
+        "--hub-cap",
         "--block",
     ):
         assert flag in out
@@ -127,6 +129,9 @@ def test_help_lists_commands_and_flags(capsys):
         (("search", "--embeding", "x"), "does not know --embeding; did you mean --embeddings?"),
         (("search", "--embeddings", "{e}", "--out", "{p}", "--k", "0"), "k=0"),
         (("search", "--embeddings", "{e}", "--out", "{p}", "--floor", "1"), "floor=1"),
+        (("search", "--embeddings", "{e}", "--out", "{p}", "--hub-cap", "0"), "hub_cap=0"),
+        (("search", "--embeddings", "{e}", "--out", "{p}", "--false-negative-margin", "0"), "share no space"),
+        (("append", "--pairs", "{written}", "--embeddings", "{e}", "--out", "{p}"), "is not exact"),
         (("search", "--embeddings", "{none}", "--out", "{p}"), "is not a folder, an EmbeddingStore was expected there"),
         (("search", "--embeddings", "{e}", "--out", "{e}"), "something other than a PairTable"),
         (("search", "--embeddings", "{torn}", "--out", "{p}"), "text.npy does not have the bytes"),

@@ -109,18 +109,17 @@ def test_pages_of_rows_that_were_read_are_dropped(mapped):
 
 def test_final_lists_and_summary_of_a_mapped_table_leave_no_pages_behind(tmp_path):
     # Equal rows, and a cap that nothing reaches: what costs here is reading alone.
-    specs = Pruning(hub_cap=10**6).searched_specs(array_specs(262_144, 50))
-    writer = ArrayFolderWriter(tmp_path / "folder", "Rows", 1, 262_144, specs)
-    for start in range(0, 262_144, 131_072):
-        rows = {name: np.zeros((131_072, *spec.row_shape), spec.dtype) for name, spec in specs.items()}
-        rows["ranked_ids"] += np.arange(1, 51, dtype=np.int32)
-        writer.write_rows(start, rows)
+    specs = Pruning(hub_cap=10**6).searched_specs(array_specs(131_072, 50))
+    writer = ArrayFolderWriter(tmp_path / "folder", "Rows", 1, 131_072, specs)
+    rows = {name: np.zeros((131_072, *spec.row_shape), spec.dtype) for name, spec in specs.items()}
+    rows["ranked_ids"] += np.arange(1, 51, dtype=np.int32)
+    writer.write_rows(0, rows)
     before_kib = resident_file_kib()
-    finish_lists(writer, Pruning(hub_cap=10**6), array_specs(262_144, 50))
+    finish_lists(writer, Pruning(hub_cap=10**6), array_specs(131_072, 50))
     tables = {name: writer.read_rows(name) for name in [*writer.specs, *writer.derived_specs]}
-    assert sum(array.nbytes for array in tables.values()) > 200 << 20
+    assert sum(array.nbytes for array in tables.values()) > 100 << 20
     counted = count_rows(tables)
-    assert counted["in_degree_N"][:52].tolist() == [0, *[262_144] * 50, 0]
+    assert counted["in_degree_N"][:52].tolist() == [0, *[131_072] * 50, 0]
     assert resident_file_kib() < before_kib + 20_000
 
 
