@@ -87,7 +87,8 @@ def blocks_for(kernel: str, chip: str, dtype: torch.dtype, dim: int) -> Blocks:
         return INTERPRETED
     if (kernel, chip) not in BLOCKS:
         raise ValueError(f"no blocks for kernel={kernel!r} on chip={chip!r}: known are {sorted(BLOCKS)}")
-    entries = BLOCKS[kernel, chip].get(_width(dtype), DOUBLE)
+    table = BLOCKS[kernel, chip]
+    entries = table.get(str(dtype).removeprefix("torch."), table.get(_width(dtype), DOUBLE))
     return next(blocks for max_dim, blocks in entries if dim <= max_dim)
 
 
@@ -96,7 +97,7 @@ def num_blocks(size: int, block: int) -> int:
 
 
 def _width(dtype: torch.dtype) -> str:
-    """Sixteen-bit dtypes share their blocks."""
+    """Sixteen-bit dtypes share their blocks, but where one has its own under its name."""
     return {torch.float32: "fp32", torch.float64: "fp64"}.get(dtype, "16bit")
 
 
@@ -128,6 +129,8 @@ BLOCKS: dict[tuple[str, str], dict[str, tuple[tuple[int, Blocks], ...]]] = {
     },
     ("contrastive_weights", "sm_90"): {
         "16bit": ((ANY, Blocks(128, 128, 64, num_warps=8, num_stages=3)),),
+        # Its weights are float32, which takes more registers.
+        "float16": ((ANY, Blocks(128, 64, 64, num_warps=8, num_stages=3)),),
         "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=3)),),
     },
     ("contrastive_weights", "sm_100"): {
@@ -197,6 +200,8 @@ BLOCKS: dict[tuple[str, str], dict[str, tuple[tuple[int, Blocks], ...]]] = {
     },
     ("topk_sweep", "sm_90"): {
         "16bit": ((ANY, Blocks(128, 128, 32, num_warps=8, num_stages=3)),),
+        # The wider tile spills, by a few registers.
+        "float16": ((ANY, Blocks(128, 64, 64, num_warps=8, num_stages=3)),),
         "fp32": ((ANY, Blocks(64, 64, 32, num_warps=8, num_stages=3)),),
     },
     ("topk_sweep", "sm_100"): {

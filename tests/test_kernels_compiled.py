@@ -20,6 +20,10 @@ EXPECTED_MATRIX = {
     ("sm_90", "bf16"): r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.bf16\.bf16",
     ("sm_100", "bf16"): r"tcgen05\.mma\.cta_group::1\.kind::f16",
     ("gfx942", "bf16"): r"v_mfma_f32_32x32x8_bf16",
+    ("sm_80", "fp16"): r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.f16\.f16\.f32",
+    ("sm_90", "fp16"): r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.f16\.f16",
+    ("sm_100", "fp16"): r"tcgen05\.mma\.cta_group::1\.kind::f16",
+    ("gfx942", "fp16"): r"v_mfma_f32_32x32x8_f16",
     # float32 rows: one or three TF32 products on NVIDIA, a float32 product on AMD.
     ("sm_80", "fp32"): r"mma\.sync\.aligned\.m16n8k8\.row\.col\.f32\.tf32\.tf32\.f32",
     ("sm_90", "fp32"): r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k8\.f32\.tf32\.tf32",
@@ -53,7 +57,7 @@ def test_table_covers_every_chip_dtype_and_width(table):
     assert places == {
         (chip, dtype, dim)
         for chip in ("sm_80", "sm_90", "sm_100", "gfx942")
-        for dtype in ("bf16", "fp32")
+        for dtype in ("bf16", "fp16", "fp32")
         for dim in ("64", "512", "640", "768", "1024", "1152")
     }
 
@@ -80,8 +84,10 @@ def test_every_product_runs_on_matrix_units(table):
             assert entry["matrix"] == [], key
             continue
         assert entry["matrix_count"] >= 1, key
+        # float16's weights are float32 numbers.
+        operand = "fp32" if dtype == "fp16" and kernel_named(key) == "add_products" else dtype
         for instruction in entry["matrix"]:
-            assert re.fullmatch(EXPECTED_MATRIX[chip, dtype], instruction), key
+            assert re.fullmatch(EXPECTED_MATRIX[chip, operand], instruction), key
 
 
 def test_every_kernel_module_is_found():

@@ -58,6 +58,16 @@ def test_work_of_stored_weights_by_hand():
     assert work.cache_bytes == 393_216 + 65_536
 
 
+def test_float16_rows_have_float32_weights_and_their_products_the_rate_of_tf32():
+    work = roofline.work_of("sm_90/fp16/768/sigmoid_weights[PRECISION=ieee]", entry_with())
+    assert work.memory_bytes == 4 * 128 * 128
+    assert work.cache_bytes == 393_216 + 4 * 128 * 128
+    settings = {"blocks": [128, 64, 32]}
+    halves = roofline.estimate("sm_90/fp16/512/add_products[PRECISION=tf32]", entry_with(**settings))
+    singles = roofline.estimate("sm_90/fp32/512/add_products[PRECISION=tf32]", entry_with(**settings))
+    assert halves.matrix_clocks == singles.matrix_clocks
+
+
 def test_the_top_k_forms_two_products_a_tile():
     work = roofline.work_of("sm_90/bf16/512/topk_sweep[PRECISION=ieee]", entry_with())
     assert work.useful_flop == 2 * (2 * 128 * 128 * 512)

@@ -1,8 +1,8 @@
 """`python -m kernels.bench.compiled`: what every Triton kernel compiles to on every chip, without a GPU.
 
 Writes `compiled.json` beside this file: registers, spills, shared memory and matrix instructions of every
-specialisation that a launch can ask for, for bfloat16 and float32 rows of the usual widths. `--check` compiles all of it
-anew and compares; `--roofline` prints estimates made from it.
+specialisation that a launch can ask for, for bfloat16, float16 and float32 rows of the usual widths.
+`--check` compiles all of it anew and compares; `--roofline` prints estimates made from it.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from kernels.bench.chips import CHIPS
 from kernels.launch import Specialisation
 
 TABLE = Path(__file__).with_name("compiled.json")
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIMS = (64, 512, 640, 768, 1024, 1152)
 # Constants that the block table already fixes, and that would only lengthen a name.
 UNNAMED = ("ACC", "INTERPRET", "EVEN", "IMAGE_EVEN", "TEXT_EVEN")

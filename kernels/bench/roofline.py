@@ -24,7 +24,9 @@ TILE_KERNELS = {
 }
 # Kernels of no product: O(b + G) work beside the b x G of the others.
 WITHOUT_PRODUCT = ("merge",)
-ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
+ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+# float16 rows have float32 weights.
+WEIGHT_BYTES = {"bf16": 2, "fp16": 4, "fp32": 4}
 # A 16-bit matrix unit takes one product for a product; of float32 on NVIDIA, TF32 makes one or three.
 PASSES = {"ieee": 1, "tf32": 1, "tf32x3": 3}
 
@@ -86,14 +88,14 @@ def programs_per_processor(entry: dict[str, Any], chip: Chip) -> tuple[int, str]
 def work_of(key: str, entry: dict[str, Any]) -> Work:
     """ValueError for a kernel that this module has no arithmetic for."""
     _, dtype, dim, kernel, flags = kernel_of(key)
-    size = ELEMENT_BYTES[dtype]
+    size, weight_size = ELEMENT_BYTES[dtype], WEIGHT_BYTES[dtype]
     passes = next(number for name, number in PASSES.items() if f"PRECISION={name}" in flags)
     halves = 2 if "SPLIT" in flags else 1
     if kernel in TILE_KERNELS:
         rows, columns, depth = entry["blocks"]
         num_products, stores = TILE_KERNELS[kernel]
         executed = 2.0 * rows * columns * math.ceil(dim / depth) * depth * passes * num_products
-        stored = rows * columns * size * halves if stores else 0
+        stored = rows * columns * weight_size * halves if stores else 0
         loaded = (rows + columns) * dim * size * num_products
         return Work(2.0 * rows * columns * dim * num_products, executed, loaded + stored, stored)
     if kernel == "add_products":
@@ -101,7 +103,7 @@ def work_of(key: str, entry: dict[str, Any]) -> Work:
         # Blocks that reach beyond the width compute what nobody reads.
         useful_columns = dim / math.ceil(dim / columns)
         inner = STRIP_ROWS if "TRANSPOSED" in flags else STRIP_COLUMNS
-        weights, result = rows * inner * size * halves, 2 * 4 * rows * useful_columns
+        weights, result = rows * inner * weight_size * halves, 2 * 4 * rows * useful_columns
         return Work(
             2.0 * rows * useful_columns * inner,
             2.0 * rows * columns * inner * halves * passes,
@@ -114,10 +116,12 @@ def work_of(key: str, entry: dict[str, Any]) -> Work:
 
 def estimate(key: str, entry: dict[str, Any]) -> Estimate:
     """Of one entry. With two programs or more on a processor one's arithmetic runs beside another's products."""
-    chip_name, dtype, _, _, _ = kernel_of(key)
+    chip_name, dtype, _, kernel, _ = kernel_of(key)
     chip, work = CHIPS[chip_name], work_of(key, entry)
     processor_hz = chip.clock_ghz * 1e9 * chip.num_processors
-    operands = "bf16" if dtype == "bf16" else next(name for name in ("tf32", "fp32") if name in chip.matrix_tflops)
+    # The rate of 16-bit numbers is that of bfloat16; float16's weights are float32.
+    is_short = dtype == "bf16" or (dtype == "fp16" and kernel != "add_products")
+    operands = "bf16" if is_short else next(name for name in ("tf32", "fp32") if name in chip.matrix_tflops)
     matrix = work.executed_flop / (chip.matrix_tflops[operands] * 1e12 / processor_hz)
     cache = work.cache_bytes / chip.cache_bytes_per_clock
     memory = work.memory_bytes / (chip.memory_gb_per_s * 1e9 / processor_hz)
