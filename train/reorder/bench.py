@@ -1,12 +1,13 @@
 """`python -m train.reorder.bench`: what the order of a store does for training with hard pairs, from cold disks and caches.
 
-Four ways through the same pairs, each read by one process through PairStore, pictures not decoded, the batches planned beforehand:
+Four ways through the same pairs, each read by one process through PairStore, the batches planned beforehand:
     sequential      ids 0, 1, 2, ... of the store as ingested: no shuffling, no hard pairs; the most a disk gives
     scattered       anchors and hard pairs of the store as ingested, all anchors shuffled together
     ordered         the same on the reordered store, still all anchors shuffled together
     ordered_blocks  the same on the reordered store, with --shuffle-block, as --data.store_shuffle_block does
-Local: a whole epoch from local disk, no page of any shard in memory at first. Remote: the first tenth of an epoch of a store that is
-fetched shard by shard into an empty cache folder. In turn, medians over the rounds.
+local: a whole epoch from local disk, no page of any shard in memory at first, bytes only. remote: the first tenth of an epoch of a
+store that is fetched shard by shard into an empty cache folder, bytes only. local_decoded, remote_decoded: the first tenth with what
+the loader does to every picture. In turn, medians over the rounds.
 """
 
 import os
@@ -28,6 +29,8 @@ from PIL import Image
 from mining.command_line import parse, run
 from mining.manifest import write_json_atomically
 from mining.pair_table import PairTable
+from train.config import AugmentConfig
+from train.data.augment import augment_image
 from train.data.pair_store import PairStore
 from train.data.plan import EpochPlan, conflict_groups
 from train.ingest.__main__ import main as ingest
@@ -40,6 +43,9 @@ DESCRIPTION = (
     "Time reading hard pairs from a store before and after train.reorder against reading it from front to back."
 )
 PICTURE_SIDE = 112
+WAYS = ("local", "remote", "local_decoded", "remote_decoded")
+# Height and width of a picture for the model.
+MODEL_SIZE = (224, 224)
 
 
 @dataclass(frozen=True)
@@ -100,20 +106,22 @@ def measure(config: BenchConfig, store: Path, pairs: Path, ordered: Path, folder
     ids = {name: [batch.groups_AP.ravel() for batch in some] for name, some in batches.items()}
     num_pairs = len(PairStore.open(store))
     ids["sequential"] = np.array_split(np.arange(num_pairs), -(-num_pairs // config.batch_size))
-    seconds: dict[str, dict[str, list[float]]] = {"local": {}, "remote": {}}
+    tenths = {name: some[: -(-len(some) // 10)] for name, some in ids.items()}
+    seconds: dict[str, dict[str, list[float]]] = {way: {} for way in WAYS}
     fetched: dict[str, int] = {}
     for number in range(config.rounds):
         for name, place in places.items():
-            opened = PairStore.open(place)
-            seconds["local"].setdefault(name, []).append(seconds_to_read(opened, place, ids[name]))
-            cache = folder / f"cache-{number}-{name}"
-            opened = PairStore.open(f"file://{place.resolve()}", cache=cache)
-            tenth = ids[name][: -(-len(ids[name]) // 10)]
-            seconds["remote"].setdefault(name, []).append(seconds_to_read(opened, place, tenth))
+            for way in WAYS:
+                opened = PairStore.open(place)
+                if way.startswith("remote"):
+                    cache = folder / f"{way}-{number}-{name}"
+                    opened = PairStore.open(f"file://{place.resolve()}", cache=cache)
+                batches_of_way = ids[name] if way == "local" else tenths[name]
+                taken_s = seconds_to_read(opened, place, batches_of_way, decode=way.endswith("decoded"))
+                seconds[way].setdefault(name, []).append(taken_s)
             fetched[name] = len(list(cache.glob("shards/**/*.mds")))
     counts = {
-        "local": {name: sum(map(len, some)) for name, some in ids.items()},
-        "remote": {name: sum(map(len, some[: -(-len(some) // 10)])) for name, some in ids.items()},
+        way: {name: sum(map(len, some)) for name, some in (ids if way == "local" else tenths).items()} for way in WAYS
     }
     rates = {
         way: {name: counts[way][name] / statistics.median(times) for name, times in some.items()}
@@ -172,16 +180,19 @@ def locality(before: PairTable, after: PairTable, config: BenchConfig) -> dict[s
     return shares
 
 
-def seconds_to_read(store: PairStore, place: Path, batches: Sequence[np.ndarray]) -> float:
+def seconds_to_read(store: PairStore, place: Path, batches: Sequence[np.ndarray], *, decode: bool) -> float:
     """Read every pair of the batches in order, none of the store's shards in the page cache at first."""
-    store[0]  # imports Streaming
+    pair = store[0]  # imports Streaming
+    augment_image(pair.image, AugmentConfig(), MODEL_SIZE, 0)
     for file in {place, store.path}:
         drop_from_page_cache(file)
     start_s = time.perf_counter()
     for pair_ids in batches:
         store.prefetch(pair_ids)
         for pair_id in pair_ids.tolist():
-            store[pair_id]
+            pair = store[pair_id]
+            if decode:
+                augment_image(pair.image, AugmentConfig(), MODEL_SIZE, pair_id)
     return time.perf_counter() - start_s
 
 
@@ -242,8 +253,8 @@ def describe(report: dict[str, Any]) -> str:
     for way, rates in report["pairs_per_s"].items():
         for name, rate in rates.items():
             share = report["of_sequential"][way][name]
-            more = f", {report['shards_fetched_for_a_tenth'][name]} shards fetched" if way == "remote" else ""
-            lines.append(f"  {way:7} {name:15} {rate:9,.0f} pair/s {share:6.2f} of sequential{more}")
+            more = f", {report['shards_fetched_for_a_tenth'][name]} shards fetched" if way.startswith("remote") else ""
+            lines.append(f"  {way:14} {name:15} {rate:9,.0f} pair/s {share:6.2f} of sequential{more}")
     lines += [f"  stand-ins of {name}: {share:.2%}" for name, share in report["stand_ins"].items()]
     return "\n".join(lines)
 
