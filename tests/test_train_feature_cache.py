@@ -1,7 +1,6 @@
 """Feature-cached steps: the weights of one big batch, whatever the micro-batch, the ZeRO stage and the number of ranks."""
 
 import json
-import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,16 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.ranks import run_on_ranks
-from tests.tiny_world import tiny_store, tiny_table, training_flags
+from tests.tiny_world import TINY_VIT, tiny_store, tiny_table, train_here, training_flags, write_stages
 
-# Without BatchNorm and dropout: then a micro-batch changes nothing but the order of sums.
-PLAIN_MODEL = {
-    "embed_dim": 32,
-    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
-    "text_cfg": {"context_length": 24, "vocab_size": 8192, "width": 32, "heads": 2, "layers": 2},
-}
-DROPPING_MODEL = {**PLAIN_MODEL, "vision_cfg": {**PLAIN_MODEL["vision_cfg"], "patch_dropout": 0.5}}
-MODELS = {"tiny-vit": PLAIN_MODEL, "tiny-vit-drop": DROPPING_MODEL}
+DROPPING_MODEL = {**TINY_VIT, "vision_cfg": {**TINY_VIT["vision_cfg"], "patch_dropout": 0.5}}
+MODELS = {"tiny-vit": TINY_VIT, "tiny-vit-drop": DROPPING_MODEL}
 # The loss reduces some numbers for each of the 36 rows; gradients are tens of thousands.
 LARGE = 1000
 
@@ -32,10 +25,7 @@ def world(tmp_path_factory):
     tiny_table(folder / "pairs", store)
     for name, model in MODELS.items():
         (folder / f"{name}.json").write_text(json.dumps(model), encoding="utf-8")
-    for stage in range(4):
-        (folder / f"stage_{stage}.json").write_text(
-            json.dumps({"zero_optimization": {"stage": stage}}), encoding="utf-8"
-        )
+    write_stages(folder)
     return folder
 
 
@@ -77,23 +67,14 @@ def train_run(
 ) -> dict[str, torch.Tensor]:
     """Two steps in this process of an existing group; the weights."""
     from train.clip_library import open_clip
-    from train.distributed import Ranks
-    from train.loop import train
-    from train.main import parse_config
     from train.model import load_model
 
     open_clip.add_model_config(folder)
-    # What the launcher says, and DeepSpeed reads.
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), DS_ACCELERATOR="cpu")
     settings = {"model__name": "tiny-vit", "max_steps": 2, "threads": 1, **flags}
     # Adam divides a gradient by its own size, rounding and all; with a large epsilon the update follows the gradient.
     settings |= {"optim__eps": 1.0, "optim__lr": 1.0, "optim__warmup": 0, "optim__lr_end": 1.0}
-    config = training_flags(folder / "store", folder / name, folder / f"stage_{stage}.json", **settings)
-    train(
-        parse_config("pocket-pretrain", list(config)),
-        "pocket-pretrain",
-        Ranks(rank, world_size, rank, torch.device("cpu")),
-    )
+    places = (folder / "store", folder / name, folder / f"stage_{stage}.json")
+    train_here(rank, world_size, training_flags(*places, **settings))
     return load_model(folder / name).model.state_dict()
 
 

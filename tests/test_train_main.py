@@ -1,7 +1,6 @@
 """The trainer through its real command: the same numbers as plain PyTorch, exact resume, and mistakes named in one line."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -10,7 +9,16 @@ import torch
 from open_clip.loss import ClipLoss
 
 from tests.ranks import run_on_ranks
-from tests.tiny_world import deepspeed, program, python, tiny_store, tiny_table, training_flags
+from tests.tiny_world import (
+    deepspeed,
+    program,
+    python,
+    tiny_store,
+    tiny_table,
+    train_here,
+    training_flags,
+    write_stages,
+)
 from train.data.augment import AugmentConfig
 from train.data.loader import DataConfig, StepDataset
 from train.main import parse_config
@@ -114,23 +122,14 @@ def test_two_ranks_resume_to_the_same_losses_and_weights(world, tmp_path):
 
 def train_at_stages(rank: int, world_size: int, folder: Path, flags: list[str]) -> None:
     """Train the same few steps at every ZeRO stage, in this process of an existing group."""
-    from train.distributed import Ranks
-    from train.loop import train
-
-    # What the launcher says, and DeepSpeed reads.
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), DS_ACCELERATOR="cpu")
     for stage in range(4):
-        ds_config = ["--ds_config", str(folder / f"stage_{stage}.json"), "--out", str(folder / f"run_{stage}")]
-        config = parse_config("pocket-pretrain", [*flags, *ds_config])
-        train(config, "pocket-pretrain", Ranks(rank, world_size, rank, torch.device("cpu")))
+        places = ["--ds_config", str(folder / f"stage_{stage}.json"), "--out", str(folder / f"run_{stage}")]
+        train_here(rank, world_size, [*flags, *places])
 
 
 @pytest.mark.slow
 def test_every_zero_stage_trains_alike(world, tmp_path):
-    for stage in range(4):
-        (tmp_path / f"stage_{stage}.json").write_text(
-            json.dumps({"zero_optimization": {"stage": stage}}), encoding="utf-8"
-        )
+    write_stages(tmp_path)
     run_on_ranks(train_at_stages, 2, tmp_path, training_flags(world / "store", "-", "-", max_steps=4), timeout_s=300)
     plain, model = plain_pytorch_losses(world / "store", 4)
     first = load_model(tmp_path / "run_0").model.state_dict()

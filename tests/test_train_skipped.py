@@ -1,7 +1,6 @@
 """A loss or a gradient that is not finite, planted on one rank: all skip the step, it is counted and named, and too many end the run."""
 
 import json
-import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 
 from tests.ranks import run_on_ranks
-from tests.tiny_world import tiny_store, training_flags
+from tests.tiny_world import tiny_store, train_here, training_flags, write_stages
 
 BAD_STEPS = (2, 3)
 
@@ -18,9 +17,7 @@ BAD_STEPS = (2, 3)
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     tiny_store(folder, num_hues=12)
-    for stage in range(4):
-        config = {"zero_optimization": {"stage": stage}}
-        (folder / f"stage_{stage}.json").write_text(json.dumps(config), encoding="utf-8")
+    write_stages(folder)
     return folder
 
 
@@ -34,13 +31,8 @@ def spoil(features: torch.Tensor, where: str) -> torch.Tensor:
 
 def train_with_bad_steps(rank: int, world_size: int, folder: Path, where: str, stages: range, flags: dict) -> list[str]:
     """Train at each stage with `where` spoilt on rank 1 at BAD_STEPS; what the run died of, or nothing."""
-    from train.distributed import Ranks
     from train.engine import Engine
-    from train.loop import train
-    from train.main import parse_config
 
-    # What the launcher says, and DeepSpeed reads.
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), DS_ACCELERATOR="cpu")
     original, calls = Engine.forward, []
 
     def forward(self, *args):
@@ -55,11 +47,7 @@ def train_with_bad_steps(rank: int, world_size: int, folder: Path, where: str, s
         settings = {"max_steps": 4, "threads": 1, "save_every_steps": 1, "keep_checkpoints": 9, **flags}
         config = training_flags(folder / "store", out, folder / f"stage_{stage}.json", **settings)
         try:
-            train(
-                parse_config("pocket-pretrain", list(config)),
-                "pocket-pretrain",
-                Ranks(rank, world_size, rank, torch.device("cpu")),
-            )
+            train_here(rank, world_size, config)
         except RuntimeError as error:
             errors.append(str(error))
     return errors

@@ -3,6 +3,7 @@ them."""
 
 import colorsys
 import io
+import json
 import os
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 from mining import PairTable
@@ -20,6 +22,12 @@ from train.data.pair_store import PairStore
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ("square", "circle", "triangle", "cross")
 TINY_MODEL = "pocket-rn"
+# Without BatchNorm and dropout: then a micro-batch changes nothing but the order of sums, and weights may be bfloat16.
+TINY_VIT = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 24, "vocab_size": 8192, "width": 32, "heads": 2, "layers": 2},
+}
 
 
 def drawing(shape: str, hue: int, size: int = 40) -> bytes:
@@ -119,3 +127,22 @@ def training_flags(
     }
     settings.update({name.replace("__", "."): value for name, value in flags.items()})
     return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+
+
+def write_stages(folder: Path, **more: object) -> None:
+    """stage_0.json to stage_3.json: DeepSpeed JSONs that differ in nothing but the ZeRO stage."""
+    for stage in range(4):
+        config = {"zero_optimization": {"stage": stage}, **more}
+        (folder / f"stage_{stage}.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def train_here(rank: int, world_size: int, flags: Sequence[str]) -> None:
+    """A run of pocket-pretrain in this process, a rank of an existing group."""
+    from train.distributed import Ranks
+    from train.loop import train
+    from train.main import parse_config
+
+    # What the launcher says, and DeepSpeed reads.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), DS_ACCELERATOR="cpu")
+    ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
+    train(parse_config("pocket-pretrain", list(flags)), "pocket-pretrain", ranks)

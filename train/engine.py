@@ -74,6 +74,12 @@ class Engine:
         self.whole_norm = math.nan
         self.max_log_scale = math.log(optim.max_logit_scale)
         self.world_size, self.rank = ranks.world_size, ranks.rank
+        self.rounds_weights = self.module.clip.logit_scale.dtype != torch.float32
+        if self.rounds_weights and self.stage == 0:
+            raise ValueError(
+                "bf16 or fp16 weights at ZeRO stage 0 hide the fp32 temperature; use stage 1, or torch_autocast as in ds_configs/cpu.json"
+            )
+        self._refresh_log_scale()
 
     def forward(
         self, image_BCHW: torch.Tensor, text_BL: torch.Tensor
@@ -118,6 +124,7 @@ class Engine:
         if not self.engine.was_step_applied():
             return False
         self._clamp_logit_scale()
+        self._refresh_log_scale()
         return True
 
     def gradient_norm(self) -> float:
@@ -149,6 +156,13 @@ class Engine:
         safe_set_local_fp32_param(scale, clamped)
         with zero.GatheredParameters([scale], modifier_rank=0), torch.no_grad():
             scale.clamp_(0, self.max_log_scale)
+
+    def _refresh_log_scale(self) -> None:
+        """Let the next forward use the temperature's fp32 master: bfloat16 would make 2.6562 of 2.6503, and 99 of a limit of 100."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if self.rounds_weights and self.module.clip.logit_scale.requires_grad:
+            self.module.exact_log_scale = safe_get_full_fp32_param(self.module.clip.logit_scale).float().clone()
 
     def full_state_dict(self) -> dict[str, torch.Tensor] | None:
         """The open_clip model's weights and buffers on the CPU, fp32 masters where there are any; None on ranks other than 0."""
@@ -187,6 +201,7 @@ class Engine:
             ) from error
         if path is None:
             raise ValueError(f"{folder} holds no DeepSpeed state; delete this checkpoint to go on from the one before")
+        self._refresh_log_scale()
 
     def close(self) -> None:
         self.engine.destroy()

@@ -213,6 +213,8 @@ class TwoTowers(torch.nn.Module):
         super().__init__()
         self.clip = clip
         self.mean, self.std = preprocess.mean, preprocess.std
+        self.exact_log_scale: torch.Tensor | None = None
+        """float32 [1]: what the logit scale stands for where its parameter is a copy rounded to 16 bit; set by the engine"""
 
     def forward(
         self, image_BCHW: torch.Tensor, text_BL: torch.Tensor
@@ -224,8 +226,15 @@ class TwoTowers(torch.nn.Module):
         return (
             torch.nn.functional.normalize(image_features.float(), dim=-1),
             torch.nn.functional.normalize(text_features.float(), dim=-1),
-            self.clip.logit_scale.float().exp(),
+            self._log_scale().exp(),
         )
+
+    def _log_scale(self) -> torch.Tensor:
+        log_scale = self.clip.logit_scale.float()
+        if self.exact_log_scale is None:
+            return log_scale
+        # The exact value, with the gradient of the copy.
+        return log_scale + (self.exact_log_scale - log_scale).detach()
 
     def _normalised(self, image_BCHW: torch.Tensor) -> torch.Tensor:
         mean = torch.tensor(self.mean, device=image_BCHW.device).view(1, 3, 1, 1) * 255
