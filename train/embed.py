@@ -23,9 +23,14 @@ class EmbedConfig:
     checkpoint: str
     """run folder, checkpoint folder or export folder of the model"""
     store: str
-    """PairStore folder"""
+    """PairStore folder, or the URL of one in remote storage"""
+    cache: str = ""
+    """folder that keeps what is fetched of a remote store"""
     out: str
     """EmbeddingStore folder to write; an interrupted one goes on"""
+    extend: str = ""
+    """EmbeddingStore of the store as it was before it grew: its rows are taken over byte for byte, only new pairs are embedded (what
+    `mining.main append` needs)"""
     batch_size: int = 256
     """pairs in a block: the unit of work and of resuming"""
     workers: int = 0
@@ -44,7 +49,7 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError(
             f"{config.checkpoint} is no folder; --checkpoint takes a run, one of its checkpoints or an export"
         )
-    store = PairStore.open(config.store)
+    store = PairStore.open(config.store, cache=config.cache or None)
     # Imported here: torch and open_clip take seconds, which a mistake in a flag need not wait for.
     from train.distributed import connected
     from train.embedding import embed

@@ -18,29 +18,34 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mining import EmbeddingStore
+from mining.embedding_store import EmbeddingWriter
 from train.data.pair_store import PairStore
 from train.distributed import Ranks, barrier
 from train.embed import EmbedConfig
 from train.model import LoadedModel, attention_for, load_model
 
+ROWS_COPIED = 65536
+PAIRS_COMPARED = 32
+# Another batch size or device rounds otherwise, by far less than two pictures differ.
+SAME_DISTANCE = 0.01
+
 
 class BlockDataset(Dataset[tuple[int, torch.Tensor, torch.Tensor]]):
     """Item b: the pairs of block b as (first pair id, images float [B, 3, H, W], tokens int64 [B, L])."""
 
-    def __init__(self, store: PairStore, loaded: LoadedModel, blocks: Sequence[int], block_size: int) -> None:
-        self.store, self.blocks, self.block_size = store, blocks, block_size
+    def __init__(self, store: PairStore, loaded: LoadedModel, blocks: Sequence[range]) -> None:
+        self.store, self.blocks = store, blocks
         self.preprocess, self.tokenizer = loaded.preprocess, loaded.tokenizer
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor, torch.Tensor]:
-        start = self.blocks[index] * self.block_size
-        samples = [self.store[pair_id] for pair_id in range(start, min(start + self.block_size, len(self.store)))]
+        samples = [self.store[pair_id] for pair_id in self.blocks[index]]
         images = torch.stack(
             [self.preprocess(Image.open(io.BytesIO(sample.image)).convert("RGB")) for sample in samples]
         )
-        return start, images, self.tokenizer([sample.caption for sample in samples])
+        return self.blocks[index].start, images, self.tokenizer([sample.caption for sample in samples])
 
 
 def embed(config: EmbedConfig, store: PairStore, ranks: Ranks) -> None:
@@ -55,15 +60,19 @@ def embed(config: EmbedConfig, store: PairStore, ranks: Ranks) -> None:
     # Rank 0 creates the folder, the others join it.
     if ranks.is_main:
         writer = open_writer(config, store, loaded)
+        if config.extend:
+            take_over(writer, EmbeddingStore.open(config.extend), store, loaded)
     barrier()
     if not ranks.is_main:
         writer = open_writer(config, store, loaded)
-    num_blocks = -(-len(store) // config.batch_size)
-    missing = [
-        b for b in range(num_blocks) if not writer.rows_done[b * config.batch_size : (b + 1) * config.batch_size].all()
+    first = len(EmbeddingStore.open(config.extend)) if config.extend else 0
+    blocks = [
+        range(start, min(start + config.batch_size, len(store)))
+        for start in range(first, len(store), config.batch_size)
     ]
+    missing = [block for block in blocks if not writer.rows_done[block.start : block.stop].all()]
     barrier()  # every rank has read what is done before any rank adds to it, so that all share out the same list
-    dataset = BlockDataset(store, loaded, missing[ranks.rank :: ranks.world_size], config.batch_size)
+    dataset = BlockDataset(store, loaded, missing[ranks.rank :: ranks.world_size])
     bar = tqdm(
         total=len(store),
         initial=int(writer.rows_done.sum()),
@@ -90,7 +99,7 @@ def embed(config: EmbedConfig, store: PairStore, ranks: Ranks) -> None:
     barrier()
 
 
-def open_writer(config: EmbedConfig, store: PairStore, loaded: LoadedModel):
+def open_writer(config: EmbedConfig, store: PairStore, loaded: LoadedModel) -> EmbeddingWriter:
     width = embedding_width(loaded)
     return EmbeddingStore.writer(
         config.out,
@@ -104,6 +113,44 @@ def open_writer(config: EmbedConfig, store: PairStore, loaded: LoadedModel):
         checkpoint_hash=loaded.checkpoint_hash,
         store_fingerprint=store.fingerprint,
     )
+
+
+def take_over(writer: EmbeddingWriter, old: EmbeddingStore, store: PairStore, loaded: LoadedModel) -> None:
+    """Copy the rows of `old` as the first rows of the new store.
+
+    Raises ValueError unless `old` was made by this model and, as far as some of its pairs tell, of the pairs that come first in `store`.
+    """
+    if old.manifest.get("checkpoint_hash") != loaded.checkpoint_hash:
+        raise ValueError(
+            f"{old.path} holds the embeddings of another checkpoint; embed the whole store without --extend"
+        )
+    if len(old) > len(store):
+        raise ValueError(f"{old.path} has {len(old)} pairs, {store.path} only {len(store)}: the store did not grow")
+    check_same_pairs(old, store, loaded)
+    for start in range(0, len(old), ROWS_COPIED):
+        rows = slice(start, min(start + ROWS_COPIED, len(old)))
+        # A row without a valid embedding goes in as it came the first time.
+        lost_B1 = ~np.asarray(old.valid_N[rows])[:, None]
+        towers = (np.where(lost_B1, np.float16("nan"), tower_ND[rows]) for tower_ND in (old.image_ND, old.text_ND))
+        writer.write_rows(start, *towers, np.asarray(old.alignment_N[rows]))
+
+
+def check_same_pairs(old: EmbeddingStore, store: PairStore, loaded: LoadedModel) -> None:
+    """Embed some pairs of `old` anew; ids that moved would name other pairs."""
+    ids = [int(pair_id) for pair_id in np.unique(np.linspace(0, len(old) - 1, PAIRS_COMPARED).astype(int))]
+    device = loaded.model.logit_scale.device
+    for pair_id in ids:
+        if not old.valid_N[pair_id]:
+            continue
+        _, images, tokens = BlockDataset(store, loaded, [range(pair_id, pair_id + 1)])[0]
+        for tower, now_1D in zip(
+            (old.image_ND, old.text_ND), features(loaded, images.to(device), tokens.to(device)), strict=True
+        ):
+            if not np.linalg.norm(now_1D[0] - tower[pair_id]) < SAME_DISTANCE:
+                raise ValueError(
+                    f"pair {pair_id} of {store.path} is not the one that {old.path} was made of: pairs were not only added at the end; "
+                    "embed the whole store without --extend"
+                )
 
 
 def embedding_width(loaded: LoadedModel) -> int:
