@@ -24,10 +24,10 @@ class EmbedConfig:
     """run folder, checkpoint folder or export folder of the model"""
     store: str
     """PairStore folder, or the URL of one in remote storage"""
-    cache: str = ""
-    """folder that keeps what is fetched of a remote store"""
     out: str
     """EmbeddingStore folder to write; an interrupted one goes on"""
+    cache: str = ""
+    """folder that keeps what is fetched of a remote store"""
     extend: str = ""
     """EmbeddingStore of the store as it was before it grew: its rows are taken over byte for byte, only new pairs are embedded (what
     `mining.main append` needs)"""
