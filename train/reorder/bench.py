@@ -7,7 +7,7 @@ Four ways through the same pairs, each read by one process through PairStore, th
     ordered_blocks  the same on the reordered store, with --shuffle-block, as --data.store_shuffle_block does
 local: a whole epoch from local disk, no page of any shard in memory at first, bytes only. remote: the first tenth of an epoch of a
 store that is fetched shard by shard into an empty cache folder, bytes only. local_decoded, remote_decoded: the first tenth with what
-the loader does to every picture. In turn, medians over the rounds.
+the loader does to every picture, batch by batch in turn. Medians over the rounds.
 """
 
 import os
@@ -110,16 +110,17 @@ def measure(config: BenchConfig, store: Path, pairs: Path, ordered: Path, folder
     seconds: dict[str, dict[str, list[float]]] = {way: {} for way in WAYS}
     fetched: dict[str, int] = {}
     for number in range(config.rounds):
-        for name, place in places.items():
-            for way in WAYS:
+        for way in WAYS:
+            readers = {}
+            for name, place in places.items():
                 opened = PairStore.open(place)
                 if way.startswith("remote"):
-                    cache = folder / f"{way}-{number}-{name}"
-                    opened = PairStore.open(f"file://{place.resolve()}", cache=cache)
-                batches_of_way = ids[name] if way == "local" else tenths[name]
-                taken_s = seconds_to_read(opened, place, batches_of_way, decode=way.endswith("decoded"))
+                    opened = PairStore.open(f"file://{place.resolve()}", cache=folder / f"{way}-{number}-{name}")
+                readers[name] = Reader(opened, place, ids[name] if way == "local" else tenths[name])
+            for name, taken_s in seconds_to_read(readers, decode=way.endswith("decoded")).items():
                 seconds[way].setdefault(name, []).append(taken_s)
-            fetched[name] = len(list(cache.glob("shards/**/*.mds")))
+                if way.startswith("remote"):
+                    fetched[name] = len(list((folder / f"{way}-{number}-{name}").glob("shards/**/*.mds")))
     counts = {
         way: {name: sum(map(len, some)) for name, some in (ids if way == "local" else tenths).items()} for way in WAYS
     }
@@ -180,19 +181,41 @@ def locality(before: PairTable, after: PairTable, config: BenchConfig) -> dict[s
     return shares
 
 
-def seconds_to_read(store: PairStore, place: Path, batches: Sequence[np.ndarray], *, decode: bool) -> float:
-    """Read every pair of the batches in order, none of the store's shards in the page cache at first."""
-    pair = store[0]  # imports Streaming
-    augment_image(pair.image, AugmentConfig(), MODEL_SIZE, 0)
-    for file in {place, store.path}:
-        drop_from_page_cache(file)
+@dataclass(frozen=True)
+class Reader:
+    store: PairStore
+    place: Path
+    batches: Sequence[np.ndarray]
+
+
+def seconds_to_read(readers: dict[str, Reader], *, decode: bool) -> dict[str, float]:
+    """Time of each reader for every pair of its batches in order, none of the stores' shards in the page cache at first.
+
+    Bytes only: one reader after the other, each from a cold store. With decoding, which takes a hundred times as long and goes with
+    the machine's speed of the moment: batch by batch in turn.
+    """
+    turns = [list(readers)] if decode else [[name] for name in readers]
+    seconds = dict.fromkeys(readers, 0.0)
+    for reader in readers.values():
+        augment_image(reader.store[0].image, AugmentConfig(), MODEL_SIZE, 0)  # imports Streaming
+    for names in turns:
+        for name in names:
+            for file in {readers[name].place, readers[name].store.path}:
+                drop_from_page_cache(file)
+        for step in range(max(len(readers[name].batches) for name in names)):
+            for name in names:
+                if step < len(readers[name].batches):
+                    seconds[name] += seconds_of_batch(readers[name].store, readers[name].batches[step], decode=decode)
+    return seconds
+
+
+def seconds_of_batch(store: PairStore, pair_ids: np.ndarray, *, decode: bool) -> float:
     start_s = time.perf_counter()
-    for pair_ids in batches:
-        store.prefetch(pair_ids)
-        for pair_id in pair_ids.tolist():
-            pair = store[pair_id]
-            if decode:
-                augment_image(pair.image, AugmentConfig(), MODEL_SIZE, pair_id)
+    store.prefetch(pair_ids)
+    for pair_id in pair_ids.tolist():
+        pair = store[pair_id]
+        if decode:
+            augment_image(pair.image, AugmentConfig(), MODEL_SIZE, pair_id)
     return time.perf_counter() - start_s
 
 
