@@ -73,6 +73,7 @@ def _run_rank(
         )
         result = pickle.dumps(function(rank, world_size, *args))
     except Exception:
+        # Only passed on: the parent shows the text, and learns of the failure by the exit code that raising gives.
         (Path(folder) / f"failure_{rank}").write_text(traceback.format_exc())
         raise
     (Path(folder) / f"result_{rank}").write_bytes(result)

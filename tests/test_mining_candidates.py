@@ -257,8 +257,8 @@ def test_faiss_gpu_that_is_not_there_is_an_error_with_its_remedy(tmp_path):
     assert list(tmp_path.glob(".p.*")) == []
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_gpu_that_is_not_there_is_an_error_for_the_fused_search_too(tmp_path):
+def test_gpu_that_is_not_there_is_an_error_for_the_fused_search_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     store = random_store(tmp_path / "store", 30)
     with pytest.raises(ValueError, match="device='cuda' was asked for, but torch sees no CUDA device here"):
         search_pairs(store, tmp_path / "p", SearchLimits(k=3), choice=BackendChoice(device="cuda"))

@@ -90,14 +90,9 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
         clock.step_done(batch.global_batch_size)
         replaced.note(done, batch)
         if done % config.log_every_steps == 0 or done == num_steps:
-            position = {
-                "step": done,
-                "epoch": done / dataset.steps_per_epoch,
-                "samples_seen": dataset.samples_seen(done),
-            }
             log.write(
                 {
-                    **position,
+                    **position(done, dataset),
                     "learning_rate": rate,
                     **measurements(outcome, engine, batch),
                     "skipped_steps": skipped.num_steps,
@@ -181,6 +176,10 @@ def timed(batches: Iterator[RankBatch], clock: StepClock) -> Iterator[RankBatch]
             return
         clock.data_wait_s += time.perf_counter() - asked
         yield batch
+
+
+def position(step: int, dataset: StepDataset | TarStream) -> dict[str, float]:
+    return {"step": step, "epoch": step / dataset.steps_per_epoch, "samples_seen": dataset.samples_seen(step)}
 
 
 def measurements(outcome: StepOutcome, engine: Engine, batch: RankBatch) -> dict[str, float]:

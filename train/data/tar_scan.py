@@ -15,13 +15,9 @@ import numpy as np
 
 from train.ingest.decode import (
     CAPTION_EXTENSION,
-    IMAGE_EXTENSIONS,
-    JSON_EXTENSION,
     MAX_MEMBER_MIB,
     Rejected,
-    check_json,
-    check_key,
-    decode_caption,
+    check_texts,
     read_once,
 )
 from train.ingest.samples import reason_category
@@ -82,15 +78,7 @@ def sample_row(
     key: str, members: dict[str, list[Member]], read: Callable[[Member], bytes]
 ) -> tuple[int, int, int, int]:
     """Where picture and caption of a key lie. Raises Rejected by ingest's rules, but for what only decoding can tell."""
-    check_key(key)
-    extension = next((name for name in IMAGE_EXTENSIONS if name in members), None)
-    if extension is None:
-        raise Rejected("missing image")
-    if CAPTION_EXTENSION not in members:
-        raise Rejected("missing caption")
-    if JSON_EXTENSION in members:
-        check_json(read_once(members[JSON_EXTENSION], JSON_EXTENSION, read))
-    decode_caption(read_once(members[CAPTION_EXTENSION], CAPTION_EXTENSION, read))
+    extension, _ = check_texts(key, members, read)
     if len(members[extension]) > 1 or members[extension][0].size > MAX_MEMBER_MIB << 20:
         read_once(members[extension], extension, read)
     image, caption = members[extension][0], members[CAPTION_EXTENSION][0]

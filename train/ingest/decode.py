@@ -53,6 +53,15 @@ def read_pair(
 
     Raises Rejected with the reason.
     """
+    extension, caption = check_texts(key, members, read)
+    image = read_once(members[extension], extension, read)
+    picture = read_picture(image, parameters)
+    image_sha256, shrunk = sha256(image).hexdigest(), picture.data is not image
+    return Pair(key, picture.data, caption, picture.width, picture.height, image_sha256, shrunk)
+
+
+def check_texts(key: str, members: dict[str, list[Member]], read: Callable[[Member], bytes]) -> tuple[str, str]:
+    """The picture's extension and the caption, after all checks but the picture's. Raises Rejected."""
     check_key(key)
     extension = next((name for name in IMAGE_EXTENSIONS if name in members), None)
     if extension is None:
@@ -61,11 +70,7 @@ def read_pair(
         raise Rejected("missing caption")
     if JSON_EXTENSION in members:
         check_json(read_once(members[JSON_EXTENSION], JSON_EXTENSION, read))
-    caption = decode_caption(read_once(members[CAPTION_EXTENSION], CAPTION_EXTENSION, read))
-    image = read_once(members[extension], extension, read)
-    picture = read_picture(image, parameters)
-    image_sha256, shrunk = sha256(image).hexdigest(), picture.data is not image
-    return Pair(key, picture.data, caption, picture.width, picture.height, image_sha256, shrunk)
+    return extension, decode_caption(read_once(members[CAPTION_EXTENSION], CAPTION_EXTENSION, read))
 
 
 def check_key(key: str) -> None:
