@@ -15,6 +15,7 @@ import torch
 
 from train.config import OptimConfig
 from train.distributed import Ranks
+from train.phases import BACKWARD, FORWARD, STEP, Phases, book_reductions
 from train.schedule import parameter_groups
 
 
@@ -35,7 +36,14 @@ class Engine:
     """
 
     def __init__(
-        self, module: torch.nn.Module, ds_config: dict[str, Any], optim: OptimConfig, *, batch_size: int, ranks: Ranks
+        self,
+        module: torch.nn.Module,
+        ds_config: dict[str, Any],
+        optim: OptimConfig,
+        *,
+        batch_size: int,
+        ranks: Ranks,
+        phases: Phases | None = None,
     ) -> None:
         with quiet_deepspeed():
             import deepspeed
@@ -67,6 +75,8 @@ class Engine:
                 config=self.config,
                 dist_init_required=False,
             )
+        self.phases = phases or Phases(ranks.device)
+        book_reductions(self.engine, self.phases)
         self.device = ranks.device
         self.stage = self.engine.zero_optimization_stage()
         # ZeRO and the 16-bit wrappers look for gradients that are not finite themselves; plain ZeRO-0 would step with them.
@@ -84,7 +94,10 @@ class Engine:
     def forward(
         self, image_BCHW: torch.Tensor, text_BL: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.engine(image_BCHW.to(self.device, non_blocking=True), text_BL.to(self.device, non_blocking=True))
+        with self.phases(FORWARD):
+            return self.engine(
+                image_BCHW.to(self.device, non_blocking=True), text_BL.to(self.device, non_blocking=True)
+            )
 
     @property
     def module(self) -> torch.nn.Module:
@@ -92,8 +105,10 @@ class Engine:
 
     def backward_and_step(self, loss: torch.Tensor, learning_rate: float) -> bool:
         """False when a gradient was not finite, on whichever rank: then nothing has changed."""
-        self.engine.backward(loss)
-        return self._step(learning_rate)
+        with self.phases(BACKWARD):
+            self.engine.backward(loss)
+        with self.phases(STEP):
+            return self._step(learning_rate)
 
     def accumulate_and_step(self, losses: Iterator[torch.Tensor], num_losses: int, learning_rate: float) -> bool:
         """Backward through losses that are made one after the other, one reduction of their summed gradients, one step.
@@ -103,12 +118,13 @@ class Engine:
         # ZeRO would reduce after every backward. At ZeRO-0 and under DeepSpeed's 16-bit wrappers the boundary holds it back instead, and
         # has to be known before the forward.
         coalesces = hasattr(self.engine.optimizer, "_coalesce_grad_reduction")
-        with self.engine.coalesce_grad_reduction() if coalesces else contextlib.nullcontext():
+        with self.phases(BACKWARD), self.engine.coalesce_grad_reduction() if coalesces else contextlib.nullcontext():
             for number in range(num_losses):
                 if not coalesces:
                     self.engine.set_gradient_accumulation_boundary(number == num_losses - 1)
                 self.engine.backward(next(losses))
-        return self._step(learning_rate)
+        with self.phases(STEP):
+            return self._step(learning_rate)
 
     def _step(self, learning_rate: float) -> bool:
         for group in self.optimizer.param_groups:

@@ -5,13 +5,13 @@ export/). The state that a checkpoint needs is the step number, the engine's sha
 function of the step.
 """
 
+import itertools
 import json
 import math
 import os
 import platform
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -34,6 +34,7 @@ from train.engine import Engine, check_zero_section
 from train.feature_cache import encode_in_chunks, replay_and_step
 from train.metrics import MetricsLog, StepClock
 from train.model import CONFIG_FILE, MERGES_FILE, WEIGHTS_FILE, TwoTowers, build_model, build_tokenizer
+from train.phases import CHECKPOINT, DATA, LOGGING, LOSS, Phases
 from train.schedule import learning_rate
 from train.skipped import SkippedSteps
 
@@ -60,7 +61,10 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
     if start:
         check_same_data(run, dataset.identity())
     barrier()  # every rank has read the run folder before rank 0 writes to it
-    engine = Engine(TwoTowers(model, preprocess), ds_config, config.optim, batch_size=config.batch_size, ranks=ranks)
+    phases = Phases(ranks.device)
+    engine = Engine(
+        TwoTowers(model, preprocess), ds_config, config.optim, batch_size=config.batch_size, ranks=ranks, phases=phases
+    )
     if start:
         restore(start[0], engine, ranks)
     if ranks.is_main:
@@ -71,7 +75,7 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
     if start:
         log.say(f"going on from {start[0]}")
 
-    clock, replaced = StepClock(), ReplacedPictures(run, ranks.rank)
+    clock, replaced = StepClock(phases, ranks.world_size), ReplacedPictures(run, ranks.rank)
     skipped = SkippedSteps(run, ranks.rank, config.max_skipped_steps, first_step)
     batches = step_loader(
         dataset,
@@ -80,7 +84,7 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
         workers=config.data.workers,
         pin_memory=ranks.device.type == "cuda",
     )
-    for done, batch in enumerate(timed(batches, clock), start=first_step + 1):
+    for done, batch in enumerate(timed(batches, phases, first_step + 1), start=first_step + 1):
         rate = learning_rate(config.optim, done - 1, num_steps)
         outcome = train_step(engine, config, batch, rate)
         if outcome.not_finite:
@@ -90,18 +94,19 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
         clock.step_done(batch.global_batch_size)
         replaced.note(done, batch)
         if done % config.log_every_steps == 0 or done == num_steps:
-            log.write(
-                {
-                    **position(done, dataset),
-                    "learning_rate": rate,
-                    **measurements(outcome, engine, batch),
-                    "skipped_steps": skipped.num_steps,
-                    **(replaced.take() if config.data.shards else {}),
-                    **clock.take(),
-                }
-            )
+            with phases(LOGGING):
+                log.write(
+                    {
+                        **position(done, dataset),
+                        "learning_rate": rate,
+                        **measurements(outcome, engine, batch),
+                        "skipped_steps": skipped.num_steps,
+                        **(replaced.take() if config.data.shards else {}),
+                        **clock.take(),
+                    }
+                )
         if done % config.save_every_steps == 0 or done == num_steps:
-            with clock.paused():
+            with phases(CHECKPOINT):
                 save_checkpoint(
                     run, done, engine, ranks, model_name=config.model.name, preprocess=preprocess, recipe=recipe
                 )
@@ -136,7 +141,8 @@ def train_step(engine: Engine, config: TrainConfig, batch: RankBatch, rate: floa
     if config.micro_batch_size:
         return cached_train_step(engine, config, batch, rate)
     image_BD, text_BD, scale = engine.forward(batch.image_BCHW, batch.text_BL)
-    terms = kernels.contrastive_loss(image_BD, text_BD, scale, **loss_options(config))
+    with engine.phases(LOSS):
+        terms = kernels.contrastive_loss(image_BD, text_BD, scale, **loss_options(config))
     not_finite = "" if math.isfinite(terms.loss.item()) else "loss"
     if not not_finite and not engine.backward_and_step(terms.loss, rate):
         not_finite = "gradient"
@@ -148,7 +154,8 @@ def cached_train_step(engine: Engine, config: TrainConfig, batch: RankBatch, rat
     chunks = encode_in_chunks(engine, batch, config.micro_batch_size)
     image_BD, text_BD = (torch.cat([getattr(chunk, name) for chunk in chunks]) for name in ("image_BD", "text_BD"))
     scale = chunks[0].scale
-    gradients = kernels.contrastive_gradients(image_BD, text_BD, scale, **loss_options(config))
+    with engine.phases(LOSS):
+        gradients = kernels.contrastive_gradients(image_BD, text_BD, scale, **loss_options(config))
     not_finite = "" if math.isfinite(gradients.terms.loss.item()) else "loss"
     if not not_finite and not replay_and_step(engine, chunks, gradients, rate):
         not_finite = "gradient"
@@ -167,14 +174,14 @@ def loss_options(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def timed(batches: Iterator[RankBatch], clock: StepClock) -> Iterator[RankBatch]:
-    """Pass the batches on and book how long each was waited for."""
-    while True:
-        asked = time.perf_counter()
-        batch = next(batches, None)
+def timed(batches: Iterator[RankBatch], phases: Phases, first_step: int) -> Iterator[RankBatch]:
+    """Pass the batches on, the first of them as `first_step`, and book the wait for each."""
+    for step in itertools.count(first_step):
+        phases.begin_step(step)
+        with phases(DATA):
+            batch = next(batches, None)
         if batch is None:
             return
-        clock.data_wait_s += time.perf_counter() - asked
         yield batch
 
 

@@ -6,45 +6,38 @@ metrics.jsonl is cut back to the checkpoint when a run goes on, so it has each s
 import json
 import resource
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
+from train.phases import DATA, STEP_PHASES, Phases
 
-@dataclass
+
 class StepClock:
-    """Wall-clock parts of the steps since the last report."""
+    """Where the time of the steps since the last report went, and their rate."""
 
-    started: float = field(default_factory=time.perf_counter)
-    num_steps: int = 0
-    num_pairs: int = 0
-    data_wait_s: float = 0.0
+    def __init__(self, phases: Phases, world_size: int) -> None:
+        self.phases, self.world_size = phases, world_size
+        self.num_steps, self.num_pairs = 0, 0
 
     def step_done(self, num_pairs: int) -> None:
         self.num_steps += 1
         self.num_pairs += num_pairs
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time inside the block counts for no step: a checkpoint is not throughput."""
-        began = time.perf_counter()
-        yield
-        self.started += time.perf_counter() - began
-
     def take(self) -> dict[str, float]:
-        """Figures since the last call; the clock starts again."""
-        elapsed = time.perf_counter() - self.started
+        """Figures of a step, as means since the last call. Checkpoints and evaluations are no step's time. On a GPU this waits for it."""
+        seconds = self.phases.take()
+        in_steps_s = sum(seconds.get(phase, 0.0) for phase in STEP_PHASES)
+        steps = max(1, self.num_steps)
         figures = {
-            "pairs_per_s": self.num_pairs / elapsed,
-            "step_ms": 1000 * elapsed / max(1, self.num_steps),
-            "data_wait_ms": 1000 * self.data_wait_s / max(1, self.num_steps),
+            "pairs_per_s": self.num_pairs / in_steps_s,
+            "pairs_per_s_per_rank": self.num_pairs / in_steps_s / self.world_size,
+            "step_ms": 1000 * in_steps_s / steps,
+            **{f"{phase}_ms": 1000 * seconds.get(phase, 0.0) / steps for phase in STEP_PHASES},
+            "data_wait_share": seconds.get(DATA, 0.0) / in_steps_s,
             "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
-        self.started, self.num_steps, self.num_pairs, self.data_wait_s = time.perf_counter(), 0, 0, 0.0
+        self.num_steps, self.num_pairs = 0, 0
         return figures
 
 
