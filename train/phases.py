@@ -5,7 +5,8 @@ another thread may read at any time.
 
 A phase's time is what it adds to the step. On a GPU the marks are CUDA events on the compute stream: work that runs while another phase
 keeps that stream busy (prefetched batches, reductions on a stream of their own) counts for nothing, as it should. Events are recorded
-without waiting and read by `take` alone, when the loop logs.
+without waiting and read by `take` alone, when the loop logs. Waiting for another rank counts where the two meet: in the loss (features
+are gathered), in "reduce", or in the optimizer's step.
 """
 
 import time
@@ -24,7 +25,7 @@ START, DATA, FORWARD, LOSS, BACKWARD, REDUCE, STEP, LOGGING, CHECKPOINT, EVALUAT
     "loss",
     "backward",
     "reduce",
-    "step",
+    "optimizer_step",
     "logging",
     "checkpoint",
     "evaluation",
