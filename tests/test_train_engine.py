@@ -32,6 +32,7 @@ def test_shipped_configurations_are_accepted_and_documented(path):
         ({"zero_optimization": {"stages": 1}}, "stages"),
         ({"zero_optimization": {"stage": 7}}, "stage"),
         ({"frobnicate": 1}, "unknown key frobnicate"),
+        ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "check_grad_overflow=false would let gradients"),
     ],
 )
 def test_bad_edits_are_named(tmp_path, content, message):

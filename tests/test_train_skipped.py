@@ -1,6 +1,8 @@
 """A loss or a gradient that is not finite, planted on one rank: all skip the step, it is counted and named, and too many end the run."""
 
 import json
+import os
+import traceback
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import torch
 
 from tests.ranks import run_on_ranks
 from tests.tiny_world import tiny_store, train_here, training_flags, write_stages
+from train.data.loader import RankBatch
 
 BAD_STEPS = (2, 3)
 
@@ -92,3 +95,44 @@ def test_too_many_in_a_row_end_the_run_on_every_rank_with_the_step_and_the_rank(
     for found in errors:
         assert len(found) == 1
         assert "not finite for 2 steps in a row; the last is step 3, for its loss; rank 1's features" in found[0]
+
+
+@pytest.mark.parametrize("planted", [1.0, float("nan"), float("inf")])
+def test_a_step_asks_the_device_nothing_and_a_bad_loss_spoils_every_gradient(monkeypatch, planted):
+    from train.config import TrainConfig
+    from train.loop import train_step
+    from train.phases import Phases
+
+    weights = torch.nn.Parameter(torch.randn(5, 8))
+
+    class Engine:
+        phases = Phases()
+
+        def forward(self, image_BCHW, text_BL):
+            rows_BD = torch.nn.functional.normalize(weights, dim=1)
+            return rows_BD * torch.tensor(planted), rows_BD, torch.ones(1)
+
+        def backward_and_step(self, loss, rate):
+            loss.backward()
+            return True
+
+    read = []
+
+    def noting(name: str, original):
+        def method(self, *arguments):
+            caller = traceback.extract_stack(limit=2)[0]
+            # The loss's operation reads its scalars and the ranks' row counts by itself.
+            if f"{os.sep}train{os.sep}" in caller.filename:
+                read.append((name, caller.filename, caller.lineno))
+            return original(self, *arguments)
+
+        return method
+
+    for name in ("item", "__bool__", "__float__", "__int__", "tolist", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, noting(name, getattr(torch.Tensor, name)))
+    batch = RankBatch(torch.empty(5), torch.empty(5), torch.arange(5), 5, 0)
+    train_step(Engine(), TrainConfig(), batch, 1e-3)
+    monkeypatch.undo()
+    assert read == []
+    assert weights.grad.isfinite().all() == (planted == 1.0)
+    assert weights.grad.isnan().all() == (planted != 1.0)

@@ -71,6 +71,11 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     for place, value in _leaves(config):
         if value == "auto":
             raise ValueError(f'{path}: {place} is "auto", which nothing here fills in; write the value')
+    bf16 = config.get("bf16")
+    if isinstance(bf16, dict) and bf16.get("check_grad_overflow") is False:
+        raise ValueError(
+            f"{path}: bf16.check_grad_overflow=false would let gradients that are not finite reach the weights; leave it out"
+        )
     return config
 
 

@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -136,17 +136,18 @@ class StepOutcome:
 def train_step(engine: Engine, config: TrainConfig, batch: RankBatch, rate: float) -> StepOutcome:
     """Forward, loss over all ranks' rows, backward, optimizer step. What is not finite changes nothing.
 
-    The loss is the same number on every rank, and so is what a reduced gradient holds, so all skip together. Collective: every rank calls.
+    The loss is the same number on every rank, and so is what a reduced gradient holds, so all skip together. The one thing read from the
+    device is the answer, finite or not, that the optimizer needs before it steps. Collective: every rank calls.
     """
     if config.micro_batch_size:
         return cached_train_step(engine, config, batch, rate)
     image_BD, text_BD, scale = engine.forward(batch.image_BCHW, batch.text_BL)
     with engine.phases(LOSS):
         terms = kernels.contrastive_loss(image_BD, text_BD, scale, **loss_options(config))
-    not_finite = "" if math.isfinite(terms.loss.item()) else "loss"
-    if not not_finite and not engine.backward_and_step(terms.loss, rate):
-        not_finite = "gradient"
-    return StepOutcome(terms, scale.detach(), (image_BD.detach(), text_BD.detach()), not_finite)
+    taken = engine.backward_and_step(terms.loss * one_if_finite(terms.loss), rate)
+    return StepOutcome(
+        terms, scale.detach(), (image_BD.detach(), text_BD.detach()), "" if taken else what_is_not_finite(terms)
+    )
 
 
 def cached_train_step(engine: Engine, config: TrainConfig, batch: RankBatch, rate: float) -> StepOutcome:
@@ -156,10 +157,24 @@ def cached_train_step(engine: Engine, config: TrainConfig, batch: RankBatch, rat
     scale = chunks[0].scale
     with engine.phases(LOSS):
         gradients = kernels.contrastive_gradients(image_BD, text_BD, scale, **loss_options(config))
-    not_finite = "" if math.isfinite(gradients.terms.loss.item()) else "loss"
-    if not not_finite and not replay_and_step(engine, chunks, gradients, rate):
-        not_finite = "gradient"
-    return StepOutcome(gradients.terms, scale, (image_BD, text_BD), not_finite)
+    one = one_if_finite(gradients.terms.loss)
+    scaled = replace(gradients, d_image_BD=gradients.d_image_BD * one, d_text_BD=gradients.d_text_BD * one)
+    taken = replay_and_step(engine, chunks, scaled, rate)
+    return StepOutcome(
+        gradients.terms, scale, (image_BD, text_BD), "" if taken else what_is_not_finite(gradients.terms)
+    )
+
+
+def one_if_finite(loss: torch.Tensor) -> torch.Tensor:
+    """1, or NaN for a loss that is not finite: as its factor it makes every gradient NaN, which the optimizer's own check finds.
+
+    Reading the loss instead would let the GPU run dry in the middle of every step.
+    """
+    return torch.where(loss.detach().isfinite(), 1.0, math.nan)
+
+
+def what_is_not_finite(terms: kernels.ContrastiveOutput) -> str:
+    return "gradient" if math.isfinite(terms.loss.item()) else "loss"
 
 
 def loss_options(config: TrainConfig) -> dict[str, Any]:
