@@ -183,6 +183,8 @@ class TrainConfig:
     """steps between two checkpoints; the last step is always saved"""
     keep_checkpoints: int = 2
     """how many of the newest checkpoints stay on disk"""
+    keep_every_steps: int = 0
+    """also keep the checkpoints of steps that this divides, for good; 0: none"""
     max_skipped_steps: int = 10
     """stop after so many steps in a row whose loss is not finite"""
 
@@ -199,6 +201,8 @@ class TrainConfig:
         for name in ("batch_size", "log_every_steps", "save_every_steps", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.keep_every_steps < 0:
+            raise ValueError(f"keep_every_steps={self.keep_every_steps} must be 0 (keep none for good) or more")
         if self.micro_batch_size < 0 or self.micro_batch_size == 1:
             raise ValueError(f"micro_batch_size={self.micro_batch_size} must be 0 (all pairs of a rank) or 2 and more")
         if self.loss.margin_weight and not self.data.hard_per_anchor:

@@ -103,6 +103,13 @@ def max_over_ranks(value: float) -> float:
     return largest.item()
 
 
+def from_main(value: int) -> int:
+    """Rank 0's value, on every rank. Collective: every rank calls."""
+    number = torch.tensor([value], dtype=torch.int64, device=_collective_device())
+    dist.broadcast(number, src=0)
+    return int(number.item())
+
+
 def world_group() -> dist.ProcessGroup:
     return dist.group.WORLD
 

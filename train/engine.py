@@ -16,7 +16,10 @@ import torch
 from train.config import OptimConfig
 from train.distributed import Ranks
 from train.phases import BACKWARD, FORWARD, STEP, Phases, book_reductions
+from train.random_state import random_state
 from train.schedule import parameter_groups
+from train.tensor_files import PieceFiles, piece_key
+from train.training_state import BUFFER, Moments, TrainingState, own_range, tensor_shapes
 
 
 def check_zero_section(path: str | Path, ds_config: dict[str, Any]) -> None:
@@ -89,6 +92,7 @@ class Engine:
             raise ValueError(
                 "bf16 or fp16 weights at ZeRO stage 0 hide the fp32 temperature; use stage 1, or torch_autocast as in ds_configs/cpu.json"
             )
+        self.state = TrainingState(self.engine, rank=self.rank, world_size=self.world_size)
         self._refresh_log_scale()
 
     def forward(
@@ -200,23 +204,52 @@ class Engine:
             return None
         return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's shard of weights and optimizer states below `folder`."""
-        with quiet_deepspeed():
-            self.engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+    def copy_state(self, into: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """This rank's part of the training state in host memory: {kind/start/name: 1-d tensor}, and its random state.
 
-    def load(self, folder: Path) -> None:
-        """Raises ValueError when the shards are of another world size or ZeRO stage."""
-        try:
-            with quiet_deepspeed():
-                path, _ = self.engine.load_checkpoint(str(folder), tag="state")
-        except Exception as error:
-            raise ValueError(
-                f"{folder} can't be resumed at {self.world_size} ranks and ZeRO stage {self.stage}: {error}; "
-                "continue with the world size and the --ds_config that wrote it"
-            ) from error
-        if path is None:
-            raise ValueError(f"{folder} holds no DeepSpeed state; delete this checkpoint to go on from the one before")
+        `into`: the copy of an earlier step, whose memory is used again. Collective: every rank calls.
+        """
+        copies = dict(into)
+        with torch.no_grad():
+            for held in self.state.held():
+                first, last = own_range(held, self.rank, self.world_size)
+                key = piece_key(held.kind, held.start + first, held.name)
+                part = held.tensor.reshape(-1)[first:last]
+                if key not in copies:
+                    copies[key] = torch.empty(part.shape, dtype=part.dtype, pin_memory=self.device.type == "cuda")
+                copies[key].copy_(part, non_blocking=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return {**copies, **random_state(self.device)}
+
+    def describe_state(self) -> dict[str, Any]:
+        """What the manifest of a checkpoint says about the tensors."""
+        moments = self.state.moments()
+        return {
+            "zero_stage": self.stage,
+            "tensors": tensor_shapes(self.module),
+            "moments": list(moments.kinds),
+            "optimizer_steps": dict(moments.steps),
+            "counters": self.state.counters(),
+        }
+
+    def restore_state(
+        self, pieces: PieceFiles, own_pieces: PieceFiles, moments: Moments, counters: dict[str, Any]
+    ) -> None:
+        """Weights and moments from `pieces`, buffers from `own_pieces`. Collective: every rank calls.
+
+        Raises ValueError when a range that this rank holds is not there.
+        """
+        self.state.prepare_restore()
+        with torch.no_grad():
+            for held in self.state.held(moments):
+                if held.kind in moments.kinds and held.name not in moments.steps:
+                    continue
+                files = own_pieces if held.kind == BUFFER else pieces
+                values = files.read(held.kind, held.name, held.start, held.tensor.numel())
+                held.tensor.copy_(values.view(held.tensor.shape))
+        self.state.refresh_weights()
+        self.state.restore_counters(counters)
         self._refresh_log_scale()
 
     def close(self) -> None:

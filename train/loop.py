@@ -22,7 +22,7 @@ import torch
 
 import kernels
 from mining.manifest import write_json_atomically
-from train.checkpoint import newest_checkpoint, remove_old_checkpoints, restore, save_checkpoint
+from train.checkpoint import CheckpointSaver, find_checkpoint, restore, step_folder
 from train.config import TrainConfig
 from train.data.loader import RankBatch, StepDataset, step_loader
 from train.data.replaced import ReplacedPictures
@@ -52,8 +52,9 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
     ds_config = read_ds_config(config.ds_config)
     check_zero_section(config.ds_config, ds_config)
     model, preprocess = build_model(config.model)
-    start = newest_checkpoint(run)
-    first_step = start[1]["step"] if start else 0
+    towers = TwoTowers(model, preprocess)
+    start = find_checkpoint(run, ranks, towers)
+    first_step = start.step if start else 0
     if start:
         check_same_run(run, config)
     dataset = _dataset(config, ranks, preprocess.size)
@@ -62,18 +63,25 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
         check_same_data(run, dataset.identity())
     barrier()  # every rank has read the run folder before rank 0 writes to it
     phases = Phases(ranks.device)
-    engine = Engine(
-        TwoTowers(model, preprocess), ds_config, config.optim, batch_size=config.batch_size, ranks=ranks, phases=phases
+    engine = Engine(towers, ds_config, config.optim, batch_size=config.batch_size, ranks=ranks, phases=phases)
+    resumed = restore(start, engine, ranks, config.seed) if start else ""
+    saver = CheckpointSaver(
+        run,
+        engine,
+        ranks,
+        model_name=config.model.name,
+        preprocess=preprocess,
+        recipe=recipe,
+        keep=config.keep_checkpoints,
+        keep_every_steps=config.keep_every_steps,
     )
-    if start:
-        restore(start[0], engine, ranks)
     if ranks.is_main:
         write_run_config(run, config, recipe, engine.config, ranks, num_steps=num_steps, dataset=dataset)
     log = MetricsLog(run, is_main=ranks.is_main, name=recipe, first_step=first_step, num_steps=num_steps)
     if config.data.shards:
         log.say(dataset.summary())
-    if start:
-        log.say(f"going on from {start[0]}")
+    if resumed:
+        log.say(resumed)
 
     clock, replaced = StepClock(phases, ranks.world_size), ReplacedPictures(run, ranks.rank)
     skipped = SkippedSteps(run, ranks.rank, config.max_skipped_steps, first_step)
@@ -105,18 +113,16 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
                         **clock.take(),
                     }
                 )
+        saver.check()
         if done % config.save_every_steps == 0 or done == num_steps:
             with phases(CHECKPOINT):
-                save_checkpoint(
-                    run, done, engine, ranks, model_name=config.model.name, preprocess=preprocess, recipe=recipe
-                )
-                if ranks.is_main:
-                    remove_old_checkpoints(run, config.keep_checkpoints)
+                saver.save(done)
         log.step_done()
 
+    saver.wait()
     log.close()
     if ranks.is_main:
-        export(run)
+        export(run, max(first_step, num_steps))
     barrier()
     engine.close()
     return run
@@ -240,6 +246,8 @@ FREE_FIELDS = {
     "log_every_steps",
     "save_every_steps",
     "keep_checkpoints",
+    "keep_every_steps",
+    "micro_batch_size",
     "max_skipped_steps",
 }
 
@@ -327,12 +335,10 @@ def git_commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def export(run: Path) -> None:
-    """Copy the newest checkpoint's model to `export/`, in the form that plain open_clip loads."""
-    newest = newest_checkpoint(run)
-    assert newest is not None, "the last step was saved just before"
-    folder = run / "export"
+def export(run: Path, step: int) -> None:
+    """Copy the model of a checkpoint to `export/`, in the form that plain open_clip loads."""
+    folder, saved = run / "export", step_folder(run, step)
     folder.mkdir(exist_ok=True)
     for name in (CONFIG_FILE, WEIGHTS_FILE, MERGES_FILE):
-        if (newest[0] / name).is_file():
-            shutil.copyfile(newest[0] / name, folder / name)
+        if (saved / name).is_file():
+            shutil.copyfile(saved / name, folder / name)

@@ -4,6 +4,7 @@ metrics.jsonl is cut back to the checkpoint when a run goes on, so it has each s
 """
 
 import json
+import os
 import resource
 import sys
 from pathlib import Path
@@ -103,4 +104,7 @@ def keep_steps_before(path: Path, first_step: int) -> None:
             continue
         if row["step"] <= first_step:
             rows.append(line)
-    path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    # Renamed, not written over: a kill in between must not cost the rows.
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, path)

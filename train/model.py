@@ -9,18 +9,19 @@ import gzip
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mining.manifest import fingerprint, write_json_atomically
 from train.clip_library import PreprocessCfg, import_text_library, open_clip
 from train.config import ModelConfig
+from train.tensor_files import write_tensors
 
 MODEL_CONFIG_FOLDER = Path(__file__).parent / "model_configs"
 CONFIG_FILE, WEIGHTS_FILE, MERGES_FILE = "open_clip_config.json", "open_clip_model.safetensors", "bpe.txt.gz"
@@ -120,20 +121,33 @@ def _first_merges(vocabulary_size: int) -> bytes:
     return gzip.compress("".join(lines).removesuffix("\n").encode(), mtime=0)
 
 
-def save_model(folder: Path, name: str, state_dict: dict[str, torch.Tensor], preprocess: PreprocessCfg) -> None:
+def save_model(folder: Path, name: str, state_dict: Mapping[str, torch.Tensor], preprocess: PreprocessCfg) -> None:
     """Write what plain `open_clip.create_model_and_transforms("local-dir:FOLDER")` loads: fp32 weights and the config."""
     config = architecture(name)
-    tensors = {key: tensor.detach().float().contiguous() for key, tensor in state_dict.items()}
-    for scalar in ("logit_scale", "logit_bias"):
-        if scalar in tensors:
-            tensors[scalar] = tensors[scalar].reshape(())
-    save_file(tensors, folder / WEIGHTS_FILE)
+    write_tensors(folder / WEIGHTS_FILE, ExportedTensors(state_dict), {"format": "pt"})
     write_json_atomically(
         folder / CONFIG_FILE, {"model_cfg": config, "preprocess_cfg": asdict(preprocess), "hardpair_name": name}
     )
     vocabulary_size = config["text_cfg"].get("vocab_size", CLIP_VOCABULARY_SIZE)
     if vocabulary_size < CLIP_VOCABULARY_SIZE and "hf_tokenizer_name" not in config["text_cfg"]:
         (folder / MERGES_FILE).write_bytes(_first_merges(vocabulary_size))
+
+
+class ExportedTensors(Mapping[str, torch.Tensor]):
+    """Weights as plain open_clip has them: fp32 on the CPU, the temperature a scalar. Made one at a time, when asked for."""
+
+    def __init__(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+        self.state_dict = state_dict
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        tensor = self.state_dict[key].detach().float().cpu()
+        return tensor.reshape(()) if key in ("logit_scale", "logit_bias") else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.state_dict)
+
+    def __len__(self) -> int:
+        return len(self.state_dict)
 
 
 def load_model(checkpoint: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
