@@ -6,6 +6,8 @@ Nothing heavy is imported here, so that `--help` and a mistake in a flag answer 
 from dataclasses import dataclass, field
 from typing import Literal
 
+from train.trackers import check_trackers
+
 Partners = Literal["mined", "random"]
 
 
@@ -179,6 +181,9 @@ class TrainConfig:
     """CPU threads of each rank; 0 leaves the choice to torch"""
     log_every_steps: int = 20
     """steps between two lines of metrics.jsonl"""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """where figures go besides metrics.jsonl: tensorboard, wandb, mlflow, or package.module:Class of your own (see train/trackers.py);
+    --trackers alone: nowhere"""
     save_every_steps: int = 1000
     """steps between two checkpoints; the last step is always saved"""
     keep_checkpoints: int = 2
@@ -194,6 +199,7 @@ class TrainConfig:
             if not getattr(self, name):
                 raise ValueError(f"--{name} is missing; see --help")
         self.data.check()
+        check_trackers(self.trackers)
         if self.epochs <= 0 and self.max_steps <= 0:
             raise ValueError(
                 f"epochs={self.epochs} and max_steps={self.max_steps} leave nothing to do; give one of them"

@@ -84,7 +84,8 @@ def flop_of_a_pair(towers: torch.nn.Module, image_size: tuple[int, int], context
     image_BCHW = torch.empty(2, 3, *image_size, dtype=torch.uint8, device="meta")
     text_BL = torch.empty(2, context_length, dtype=torch.int64, device="meta")
     try:
-        with FlopCounterMode(display=False) as counter:
+        # Patch dropout draws on the CPU: one rank counts, and must stay where the others are.
+        with torch.random.fork_rng(devices=[]), FlopCounterMode(display=False) as counter:
             outputs = twin(image_BCHW, text_BL)
             sum(output.sum() for output in outputs if output.requires_grad).backward()
     except (RuntimeError, NotImplementedError):

@@ -8,20 +8,15 @@ function of the step.
 import itertools
 import json
 import math
-import os
-import platform
 import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import kernels
-from mining.manifest import write_json_atomically
 from train.checkpoint import CheckpointSaver, find_checkpoint, restore, step_folder
 from train.config import TrainConfig
 from train.data.loader import RankBatch, StepDataset, step_loader
@@ -32,9 +27,11 @@ from train.distributed import Ranks, barrier, world_group
 from train.ds_config import read_ds_config
 from train.engine import Engine, check_zero_section
 from train.feature_cache import encode_in_chunks, replay_and_step
+from train.flops import step_cost
 from train.metrics import MetricsLog, StepClock
 from train.model import CONFIG_FILE, MERGES_FILE, WEIGHTS_FILE, TwoTowers, build_model, build_tokenizer
 from train.phases import CHECKPOINT, DATA, LOGGING, LOSS, Phases
+from train.run_manifest import write_run_manifest
 from train.schedule import learning_rate
 from train.skipped import SkippedSteps
 
@@ -45,7 +42,7 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
     Raises ValueError for what a user can mend (paths, sizes, a run folder of other settings), RuntimeError when loss or gradients stay
     non-finite.
     """
-    run = Path(config.out)
+    run, phases = Path(config.out), Phases(ranks.device)
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -62,7 +59,7 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
     if start:
         check_same_data(run, dataset.identity())
     barrier()  # every rank has read the run folder before rank 0 writes to it
-    phases = Phases(ranks.device)
+    cost = step_cost(towers, dataset.image_size, ds_config, ranks.device) if ranks.is_main else None
     engine = Engine(towers, ds_config, config.optim, batch_size=config.batch_size, ranks=ranks, phases=phases)
     resumed = restore(start, engine, ranks, config.seed) if start else ""
     saver = CheckpointSaver(
@@ -76,14 +73,35 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
         keep_every_steps=config.keep_every_steps,
     )
     if ranks.is_main:
-        write_run_config(run, config, recipe, engine.config, ranks, num_steps=num_steps, dataset=dataset)
-    log = MetricsLog(run, is_main=ranks.is_main, name=recipe, first_step=first_step, num_steps=num_steps)
+        write_run_manifest(
+            run,
+            config,
+            recipe=recipe,
+            deepspeed=engine.config,
+            world_size=ranks.world_size,
+            device=str(ranks.device),
+            first_step=first_step,
+            began_s=phases.began_s,
+            num_steps=num_steps,
+            steps_per_epoch=dataset.steps_per_epoch,
+            **(asdict(cost) if cost else {}),
+            **dataset.identity(),
+        )
+    log = MetricsLog(
+        run,
+        is_main=ranks.is_main,
+        name=recipe,
+        first_step=first_step,
+        num_steps=num_steps,
+        trackers=config.trackers,
+        config=asdict(config),
+    )
     if config.data.shards:
         log.say(dataset.summary())
     if resumed:
         log.say(resumed)
 
-    clock, replaced = StepClock(phases, ranks.world_size), ReplacedPictures(run, ranks.rank)
+    clock, replaced = StepClock(phases, ranks.world_size, ranks.device, cost), ReplacedPictures(run, ranks.rank)
     skipped = SkippedSteps(run, ranks.rank, config.max_skipped_steps, first_step)
     batches = step_loader(
         dataset,
@@ -244,6 +262,7 @@ FREE_FIELDS = {
     "device",
     "threads",
     "log_every_steps",
+    "trackers",
     "save_every_steps",
     "keep_checkpoints",
     "keep_every_steps",
@@ -293,46 +312,6 @@ def check_same_data(run: Path, identity: dict[str, Any]) -> None:
 def to_json(value: Any) -> Any:
     """The value as it comes back from JSON: tuples are lists there."""
     return json.loads(json.dumps(value))
-
-
-def write_run_config(
-    run: Path,
-    config: TrainConfig,
-    recipe: str,
-    deepspeed: dict[str, Any],
-    ranks: Ranks,
-    *,
-    num_steps: int,
-    dataset: StepDataset | TarStream,
-) -> None:
-    """config.json: everything effective, written before step 0."""
-    run.mkdir(parents=True, exist_ok=True)
-    write_json_atomically(
-        run / "config.json",
-        {
-            "recipe": recipe,
-            "config": to_json(asdict(config)),
-            "deepspeed": deepspeed,
-            "num_steps": num_steps,
-            "steps_per_epoch": dataset.steps_per_epoch,
-            **dataset.identity(),
-            "world_size": ranks.world_size,
-            "device": str(ranks.device),
-            "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-            "versions": {
-                name: version(name) for name in ("torch", "deepspeed", "open_clip_torch", "mosaicml-streaming", "numpy")
-            },
-            "commit": git_commit(),
-        },
-    )
-
-
-def git_commit() -> str | None:
-    """The commit of the code, or None outside a checkout."""
-    found = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or None
 
 
 def export(run: Path, step: int) -> None:

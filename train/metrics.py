@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from train.distributed import max_over_ranks
 from train.flops import StepCost
 from train.phases import DATA, STEP_PHASES, Phases
 from train.run_manifest import read_starts
@@ -24,7 +25,11 @@ MIB = 2**20
 
 
 class StepClock:
-    """Where the time of the steps since the last report went, and their rate. `cost`: of a pair, for MFU; None on ranks that don't log."""
+    """Where the time of the steps since the last report went, and their rate. `cost`: of a pair, for MFU; None on ranks that don't log.
+
+    One rank that waits for data holds the others back, and in their own figures that looks like a slow loss: so the longest wait of all
+    ranks is among the figures.
+    """
 
     def __init__(self, phases: Phases, world_size: int, device: torch.device, cost: StepCost | None = None) -> None:
         self.phases, self.world_size, self.device, self.cost = phases, world_size, device, cost
@@ -35,7 +40,10 @@ class StepClock:
         self.num_pairs += num_pairs
 
     def take(self) -> dict[str, float | None]:
-        """Figures of a step, as means since the last call. Checkpoints and evaluations are no step's time. On a GPU this waits for it."""
+        """Figures of a step, as means since the last call. Checkpoints and evaluations are no step's time. Waits for the GPU.
+
+        Collective: every rank calls.
+        """
         seconds = self.phases.take()
         in_steps_s = sum(seconds.get(phase, 0.0) for phase in STEP_PHASES)
         steps = max(1, self.num_steps)
@@ -47,6 +55,7 @@ class StepClock:
             "step_ms": 1000 * in_steps_s / steps,
             **{f"{phase}_ms": 1000 * seconds.get(phase, 0.0) / steps for phase in STEP_PHASES},
             "data_wait_share": seconds.get(DATA, 0.0) / in_steps_s,
+            "slowest_data_wait_ms": 1000 * max_over_ranks(seconds.get(DATA, 0.0)) / steps,
             **memory(self.device),
         }
         self.num_steps, self.num_pairs = 0, 0

@@ -55,6 +55,8 @@ class Phases:
     def __init__(self, device: torch.device | None = None) -> None:
         self._marks = CudaMarks(device) if device is not None and device.type == "cuda" else HostMarks()
         self.now = Now(START, 0, time.monotonic())
+        self.began_s = time.time()
+        """seconds since the epoch, when this process turned to the run"""
 
     @contextmanager
     def __call__(self, phase: str, detail: str = "") -> Iterator[None]:

@@ -11,7 +11,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -49,9 +48,13 @@ def write_run_manifest(
     world_size: int,
     device: str,
     first_step: int,
+    began_s: float,
     **facts: Any,
 ) -> dict[str, Any]:
-    """Write config.json and add this start to starts.jsonl; the content of config.json. `facts`: steps and the data's identity."""
+    """Write config.json and add this start to starts.jsonl and return what config.json holds.
+
+    began_s: when this start began, seconds since the epoch. facts: more for config.json, such as the data's identity.
+    """
     run.mkdir(parents=True, exist_ok=True)
     code = code_state()
     content = {
@@ -69,7 +72,7 @@ def write_run_manifest(
         "command": command(),
     }
     write_json_atomically(run / CONFIG_NAME, content)
-    start = {"time_s": time.time(), "step": first_step, "world_size": world_size, "host": platform.node(), **code}
+    start = {"time_s": began_s, "step": first_step, "world_size": world_size, "host": platform.node(), **code}
     with open(run / STARTS_NAME, "a", encoding="utf-8") as file:
         file.write(json.dumps(start) + "\n")
     return content
