@@ -87,26 +87,37 @@ def torch_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
-def make_backend(choice: BackendChoice, problem: SearchProblem, device: torch.device, folder: Path) -> SearchBackend:
-    """The backend, ready to search on `device`. `folder`: where an inverted index keeps its clusters, for all ranks."""
+def make_backend(
+    choice: BackendChoice, problem: SearchProblem, device: torch.device, folder: Path, *, show_progress: bool = False
+) -> SearchBackend:
+    """The backend, ready to search on `device`. `folder`: where an inverted index lies on disk, for all ranks."""
     if choice.helip_compat:
         return HelipSearch(problem, subset=choice.helip_subset, seed=choice.seed, device=device)
     if choice.backend == "reference":
         return ReferenceSearch(problem)
     if choice.backend == "fused":
         return FusedSearch(problem, device=device)
-    from mining.candidates import CandidateSearch
-    from mining.index import FlatLists, IvfLists, automatic_nlist
-
+    exact = exact_backend(problem, device) if choice.searches_exactly else None
     if choice.index == "flat":
-        lists = FlatLists(problem, device)
-    else:
-        nlist = choice.nlist or automatic_nlist(len(problem))
-        clusters = {"nlist": nlist, "nprobe": choice.nprobe, "seed": choice.seed}
-        lists = IvfLists(problem, device, centroids_file=folder / CLUSTERS_FOLDER / "centroids.npy", **clusters)
-    return CandidateSearch(problem, lists, exact=exact_backend(problem, device) if choice.searches_exactly else None)
+        from mining.candidates import CandidateSearch
+        from mining.index import FlatLists
+
+        return CandidateSearch(problem, FlatLists(problem, device), exact=exact)
+    from mining.cluster_search import ClusterSearch
+    from mining.clusters import Clusters, automatic_nlist
+
+    nlist = choice.nlist or automatic_nlist(len(problem))
+    clusters = Clusters.shared(
+        problem, folder / CLUSTERS_FOLDER, nlist=nlist, seed=choice.seed, show_progress=show_progress
+    )
+    return ClusterSearch(problem, clusters, nprobe=choice.nprobe, exact=exact, device=device_of_torch(device))
 
 
 def exact_backend(problem: SearchProblem, device: torch.device) -> SearchBackend:
     """What decides where candidates do not: the fused search, on the GPU where torch sees that one."""
-    return FusedSearch(problem, device=device if torch.cuda.is_available() else "cpu")
+    return FusedSearch(problem, device=device_of_torch(device))
+
+
+def device_of_torch(device: torch.device) -> torch.device:
+    """faiss may see a GPU that torch does not."""
+    return device if torch.cuda.is_available() else torch.device("cpu")

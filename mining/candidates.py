@@ -2,9 +2,9 @@
 
 A list of the M best sums w * a + b / w bounds every pair that is not on it: its sum is at most the list's last, sigma, and
 since (w * a) * (b / w) = ab is at most the square of half the sum where both are positive, its score is at most
-max(sigma, 0)^2 / 4. When the k-th best score on the list beats this bound (with the rounding of float32 added) and the
-bound on parts of the base that were not looked at, the list holds the exact top k: the row is certified. Other rows are
-asked again with a weight of their own and longer lists; what stays open goes through an exact search, or is reported.
+max(sigma, 0)^2 / 4. When the k-th best score on the list beats this bound (with the rounding of float32 added), the list
+holds the exact top k: the row is certified. Other rows are asked again with a weight of their own and longer lists; what
+stays open goes through an exact search, or is reported.
 
 Shape letters: Q queries, R rows among them, N pairs, D embedding width, M list length, K neighbours, S (query, id) entries.
 """
@@ -36,19 +36,13 @@ TILE_ROWS = 8192
 
 
 class CandidateLists(Protocol):
-    """See mining.index; `looks_everywhere`: nothing but a list's end hides a pair."""
-
-    looks_everywhere: bool
+    """See mining.index."""
 
     def search(self, image_QD: np.ndarray, text_QD: np.ndarray, weight_Q: np.ndarray, length: int): ...
 
 
 class CandidateSearch:
-    """Search of a SearchProblem through `lists`; with `exact` rows that no list certifies are searched by that backend.
-
-    Lists that do not look everywhere show near-duplicates only where they hold them: these are left out and counted as
-    far as seen.
-    """
+    """Search of a SearchProblem through `lists`; with `exact` rows that no list certifies are searched by that backend."""
 
     name = "faiss"
     queries_together = 1024
@@ -62,10 +56,7 @@ class CandidateSearch:
         longest_list: int = LONGEST_LIST,
     ):
         self.problem, self.lists, self.exact, self.longest_list = problem, lists, exact, longest_list
-        groups = {"same_image": problem.image_group_N, "same_caption": problem.caption_group_N}
-        self.groups = {
-            cause: (group_N, GroupLookup(group_N)) for cause, group_N in groups.items() if group_N is not None
-        }
+        self.groups = group_lookups(problem)
         limits = problem.limits
         self.ceilings = {
             cause: (tower, ceiling)
@@ -86,7 +77,9 @@ class CandidateSearch:
         barred = self._duplicates(ids_Q, excluded)
         certified_Q = self._search_lists_until_certified(ids_Q, barred, state, excluded)
         if self.exact is not None and not certified_Q.all():
-            self._search_exactly(ids_Q, np.flatnonzero(~certified_Q), state, excluded)
+            open_rows = np.flatnonzero(~certified_Q)
+            search_exactly(self.exact, ids_Q, open_rows, state, excluded)
+            self.num_rerun += len(open_rows)
             certified_Q[:] = True
         columns = (state.ids_QK, state.image_similarity_QK, state.text_similarity_QK)
         return TopK(*columns, excluded.num_excluded_QC, excluded.example_QC, certified_Q).spread(live_Q)
@@ -96,12 +89,11 @@ class CandidateSearch:
     ) -> np.ndarray:
         # Duplicates take the first places of a list: a caption shared by hundreds would fill it.
         length_Q = list_length(2 * state.k + 1 + excluded.num_excluded_QC.sum(axis=1))
-        if self.exact is None or not self.lists.looks_everywhere:
+        if self.exact is None:
             length_Q = np.minimum(length_Q, self.longest_list)
         weight_Q = np.ones(len(ids_Q))
         certified_Q = np.zeros(len(ids_Q), bool)
-        # Longer lists of the same few clusters would not say more about the others.
-        for attempt in itertools.count() if self.lists.looks_everywhere else range(2):
+        for attempt in itertools.count():
             # A list as long as the data set has seen everything.
             open_Q = ~certified_Q & ((length_Q <= self.longest_list) | (length_Q >= len(self.problem)))
             if not open_Q.any():
@@ -109,7 +101,7 @@ class CandidateSearch:
             for length in np.unique(length_Q[open_Q]):
                 rows = np.flatnonzero(open_Q & (length_Q == length))
                 weight_R = weight_Q[rows]
-                certified_Q[rows] = self._search_lists(ids_Q, rows, weight_R, int(length), barred, state, excluded)
+                certified_Q[rows] = self._search_lists(ids_Q, rows, weight_R, int(length), barred, state)
             weight_Q[open_Q] = own_weight(state, open_Q)
             if attempt:
                 length_Q[open_Q & ~certified_Q] *= 2
@@ -123,7 +115,6 @@ class CandidateSearch:
         length: int,
         barred: np.ndarray,
         state: RunningTopK,
-        excluded: ExclusionCount,
     ) -> np.ndarray:
         """Fill the top k of the queries `rows` from lists of `length`; returns which of them are certified."""
         problem, num_pairs = self.problem, len(self.problem)
@@ -136,56 +127,39 @@ class CandidateSearch:
         cosines = [
             exact_cosines(rows_ND, rows_ND, ids_Q, rows_S, ids_S) for rows_ND in (problem.image_ND, problem.text_ND)
         ]
-        if not self.lists.looks_everywhere:
-            far_S = self._leave_out_near(rows, rows_S, ids_S, cosines, excluded)
-            rows_S, ids_S, cosines = rows_S[far_S], ids_S[far_S], [cosine_S[far_S] for cosine_S in cosines]
         state.clear(rows)
         state.merge(rows_S, ids_S, *cosines)
         width = sum(tower.shape[1] for tower in towers)
         sigma_R = lists.sums_QM[:, -1] if length < num_pairs else np.full(len(rows), -np.inf)
-        bound_R = np.maximum(unseen_bound(sigma_R, weight_R, width), lists.rest_Q)
-        if self.ceilings and not self.lists.looks_everywhere:
-            # Then a near-duplicate, too, may be among what was not seen.
-            bound_R = np.where(bound_R > 0, np.inf, 0.0)
-        return certified(state.score_QK[rows, -1], bound_R, state.floor)
+        return certified(state.score_QK[rows, -1], unseen_bound(sigma_R, weight_R, width), state.floor)
 
     def _duplicates(self, ids_Q: np.ndarray, excluded: ExclusionCount) -> np.ndarray:
         """Sorted keys (row * N + id) of the entries that may not be hard pairs; adds them to `excluded`."""
         found = {cause: lookup.entries(group_N[ids_Q]) for cause, (group_N, lookup) in self.groups.items()}
-        if self.lists.looks_everywhere and self.ceilings:
+        if self.ceilings:
             found |= near_entries(self.problem, self.ceilings, ids_Q)
         num_pairs = len(self.problem)
         entries = exclude(self.problem, ids_Q, 0, found, num_pairs, excluded)
         return np.sort(np.concatenate([rows_S * num_pairs + columns_S for rows_S, columns_S in entries]))
 
-    def _leave_out_near(
-        self,
-        rows: np.ndarray,
-        rows_S: np.ndarray,
-        ids_S: np.ndarray,
-        cosines: list[np.ndarray],
-        excluded: ExclusionCount,
-    ) -> np.ndarray:
-        """bool [S]: not above a ceiling. The others are counted, in place of what an earlier list of `rows` showed."""
-        far_S = self.problem.valid_N[ids_S]
-        for cause, (tower, ceiling) in self.ceilings.items():
-            excluded.forget(cause, rows)
-            near_S = far_S & (cosines[tower] > ceiling)
-            excluded.add(cause, rows_S[near_S], ids_S[near_S])
-            far_S &= ~near_S
-        return far_S
 
-    def _search_exactly(
-        self, ids_Q: np.ndarray, rows: np.ndarray, state: RunningTopK, excluded: ExclusionCount
-    ) -> None:
-        top = self.exact.search(ids_Q[rows])
-        state.clear(rows)
-        listed_RK = top.ids_QK >= 0
-        columns = (top.ids_QK, top.image_similarity_QK, top.text_similarity_QK)
-        state.merge(np.repeat(rows, listed_RK.sum(axis=1)), *(values[listed_RK] for values in columns))
-        excluded.num_excluded_QC[rows] = top.num_excluded_QC
-        excluded.example_QC[rows] = top.excluded_example_QC
-        self.num_rerun += len(rows)
+def search_exactly(
+    exact: SearchBackend, ids_Q: np.ndarray, rows: np.ndarray, state: RunningTopK, excluded: ExclusionCount
+) -> None:
+    """Put the answer of `exact` for the queries `rows` in place of what is known of them."""
+    top = exact.search(ids_Q[rows])
+    state.clear(rows)
+    listed_RK = top.ids_QK >= 0
+    columns = (top.ids_QK, top.image_similarity_QK, top.text_similarity_QK)
+    state.merge(np.repeat(rows, listed_RK.sum(axis=1)), *(values[listed_RK] for values in columns))
+    excluded.num_excluded_QC[rows] = top.num_excluded_QC
+    excluded.example_QC[rows] = top.excluded_example_QC
+
+
+def group_lookups(problem: SearchProblem) -> dict[str, tuple[np.ndarray, GroupLookup]]:
+    """Of each kind of duplicate group that the problem has, by cause."""
+    groups = {"same_image": problem.image_group_N, "same_caption": problem.caption_group_N}
+    return {cause: (group_N, GroupLookup(group_N)) for cause, group_N in groups.items() if group_N is not None}
 
 
 def unseen_bound(sigma_R: np.ndarray, weight_R: np.ndarray, width: int) -> np.ndarray:

@@ -32,11 +32,6 @@ class ExclusionCount:
         count.example_QC[:] = known.excluded_example_QC
         return count
 
-    def forget(self, cause: str, rows: np.ndarray) -> None:
-        """Take back what was counted under `cause` for the queries `rows`."""
-        column = CAUSES.index(cause)
-        self.num_excluded_QC[rows, column], self.example_QC[rows, column] = 0, -1
-
     def add(self, cause: str, rows_S: np.ndarray, ids_S: np.ndarray) -> None:
         """Count the entries (query number, base id) of one tile under `cause`, each given once."""
         column = CAUSES.index(cause)

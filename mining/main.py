@@ -46,8 +46,9 @@ class Search:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one (each local rank its own)."""
     index: Literal["flat", "ivf"] = "flat"
-    """faiss only. flat: brute force in blocks. ivf: inverted lists, holds all embeddings in memory (2 bytes a number), finds
-    most hard pairs; how many is measured on rows searched exactly and printed."""
+    """faiss only. flat: brute force in blocks. ivf: clusters of pairs, written to disk beside the unfinished table (2 bytes a
+    number, gone afterwards), of which each pair looks at the nearest: finds most hard pairs; how many is measured on rows searched
+    exactly and printed."""
     nlist: int = 0
     """ivf: clusters; 0 = about 4 sqrt(N), at most 4096."""
     nprobe: int = 64

@@ -271,7 +271,7 @@ def run_job(
         return finished
     num_done = int(writer.rows_done.sum())
     with Meeting(writer.partial, place, patience_s) as meeting:
-        searcher = make_backend(job.choice, job.problem, job.device, writer.partial)
+        searcher = make_backend(job.choice, job.problem, job.device, writer.partial, show_progress=show_progress)
         if job.old is not None:
             searcher = AppendSearch(job.problem, searcher, job.old)
         block = block or searcher.queries_together

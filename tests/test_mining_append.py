@@ -172,14 +172,14 @@ def test_interrupted_append_goes_on_and_may_be_finished_by_a_search(tmp_path, mo
         ("b", lambda out: search_pairs(store, out, LIMITS, block=10)),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr("mining.search.make_backend", lambda choice, problem, *_: Fails(problem, 7))
+            patch.setattr("mining.search.make_backend", lambda choice, problem, *_, **__: Fails(problem, 7))
             with pytest.raises(KeyboardInterrupt):
                 append_pairs(old, store, tmp_path / out, block=10)
         (partial,) = tmp_path.glob(f".{out}.partial-*")
         assert len(list(partial.glob("blocks/*.json"))) == 7
         # The 3 blocks left and not one more.
         with monkeypatch.context() as patch:
-            patch.setattr("mining.search.make_backend", lambda choice, problem, *_: Fails(problem, 3))
+            patch.setattr("mining.search.make_backend", lambda choice, problem, *_, **__: Fails(problem, 3))
             finish(tmp_path / out)
         assert array_bytes(tmp_path / out) == array_bytes(whole.path)
     assert append_pairs(old, store, tmp_path / "a").fingerprint == whole.fingerprint

@@ -1,5 +1,4 @@
-"""Search by candidates through faiss: the exact answer where a row is certified, bounds that really bound what was not
-seen, measured recall elsewhere."""
+"""Search by candidates through faiss: the exact answer where a row is certified, bounds that really bound what was not seen."""
 
 import numpy as np
 import pytest
@@ -8,7 +7,7 @@ import torch
 from mining import EmbeddingStore
 from mining.backends import BackendChoice
 from mining.candidates import LONGEST_LIST, CandidateSearch, certified, unseen_bound
-from mining.index import FlatLists, IvfLists, automatic_nlist
+from mining.index import FlatLists
 from mining.problem import SearchLimits, SearchProblem
 from mining.reference import ReferenceSearch
 from mining.search import search_pairs
@@ -132,24 +131,6 @@ def test_nearly_opposite_rows_stay_out(tmp_path):
     assert flat_search(problem).search(np.arange(3)).ids_QK[0].tolist() == [2, -1]
 
 
-def clustered_store(path, num_pairs: int = 1200, *, seed: int = 0, tightness: float = 0.5) -> EmbeddingStore:
-    rng = np.random.default_rng(seed)
-    cluster_N = rng.integers(num_pairs // 40, size=num_pairs)
-    towers = [
-        unit(
-            random_rows(num_pairs // 40, width, number)[cluster_N]
-            + tightness * random_rows(num_pairs, width, number + 9)
-        )
-        for number, width in enumerate((24, 16))
-    ]
-    return EmbeddingStore.write(path, *towers, caption_group_N=rng.integers(num_pairs, size=num_pairs))
-
-
-def ivf_lists(problem: SearchProblem, folder, *, nlist: int = 16, nprobe: int = 3) -> IvfLists:
-    file = folder / "clusters" / "centroids.npy"
-    return IvfLists(problem, torch.device("cpu"), nlist=nlist, nprobe=nprobe, seed=0, centroids_file=file)
-
-
 def test_uncertified_rows_without_exact_are_reported_and_certified_ones_are_exact(tmp_path):
     # Three hundred equal rows: no list of 64 can be certified. The others are easy.
     image = np.concatenate([np.repeat(random_rows(1, 12, 0), 300, axis=0), random_rows(300, 12, 1)])
@@ -162,90 +143,6 @@ def test_uncertified_rows_without_exact_are_reported_and_certified_ones_are_exac
     for name in ANSWER:
         wanted = getattr(expected, name)
         np.testing.assert_array_equal(getattr(top, name)[top.certified_Q], wanted[top.certified_Q], err_msg=name)
-
-
-@pytest.mark.parametrize(
-    "limits", [SearchLimits(k=10), SearchLimits(k=10, image_ceiling=0.9)], ids=["plain", "ceiling"]
-)
-def test_inverted_lists_certify_only_what_is_exact(tmp_path, limits):
-    problem = SearchProblem.of(clustered_store(tmp_path / "store", tightness=0.15), limits)
-    expected = ReferenceSearch(problem).search(np.arange(1200))
-    few = CandidateSearch(problem, ivf_lists(problem, tmp_path, nlist=30, nprobe=4), exact=None).search(np.arange(1200))
-    for name in ANSWER:
-        wanted = getattr(expected, name)
-        np.testing.assert_array_equal(getattr(few, name)[few.certified_Q], wanted[few.certified_Q], err_msg=name)
-    found = np.mean([len(np.intersect1d(a, b)) for a, b in zip(few.ids_QK, expected.ids_QK, strict=True)]) / 10
-    assert 0.5 < found <= 1.0
-    # Tight clusters: what is in no probed list is provably far. With a ceiling nothing may be said of it.
-    assert (few.certified_Q.mean() > 0.5) == (limits.image_ceiling == 1.0)
-
-
-def test_all_lists_probed_and_long_enough_are_an_exact_search(tmp_path):
-    store = clustered_store(tmp_path / "store")
-    problem = SearchProblem.of(store, SearchLimits(k=10, image_ceiling=0.9))
-    lists = ivf_lists(problem, tmp_path, nlist=16, nprobe=16)
-    sums = lists.search(
-        *(np.asarray(rows[:5], np.float32) for rows in (store.image_ND, store.text_ND)), np.ones(5), 1200
-    )
-    assert np.sort(sums.ids_QM, axis=1).tolist() == [list(range(1200))] * 5
-    assert (sums.rest_Q == 0).all()
-    exact = CandidateSearch(problem, lists, exact=ReferenceSearch(problem))
-    assert_same_answer(problem, exact)
-
-
-@pytest.mark.parametrize("weight", [0.5, 1.0, 2.0])
-def test_nothing_outside_the_probed_lists_scores_above_the_bound_on_the_rest(tmp_path, weight):
-    store = clustered_store(tmp_path / "store", tightness=0.2)
-    problem = SearchProblem.of(store, SearchLimits(k=10))
-    lists = ivf_lists(problem, tmp_path, nlist=30, nprobe=6)
-    image, text = np.asarray(store.image_ND, np.float64), np.asarray(store.text_ND, np.float64)
-    found = lists.search(image[:60].astype(np.float32), text[:60].astype(np.float32), np.full(60, weight), 1200)
-    score = np.maximum(image[:60] @ image.T, 0) * np.maximum(text[:60] @ text.T, 0)
-    for query in range(60):
-        unseen = np.setdiff1d(np.arange(1200), found.ids_QM[query])
-        assert len(unseen) > 0
-        assert score[query, unseen].max() <= found.rest_Q[query]
-    # And the bound says something: below one for most.
-    assert (found.rest_Q < 0.9).mean() > 0.5
-
-
-def test_clusters_are_trained_once_and_shared_through_their_file(tmp_path):
-    problem = SearchProblem.of(clustered_store(tmp_path / "store"), SearchLimits(k=10))
-    first = ivf_lists(problem, tmp_path)
-    centroids = np.load(tmp_path / "clusters" / "centroids.npy")
-    assert centroids.shape == (16, 40)
-    np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1.0, atol=1e-5)
-    again = ivf_lists(problem, tmp_path)
-    np.testing.assert_array_equal(first.centroids_LE, again.centroids_LE)
-    with pytest.raises(ValueError, match=r"centroids.npy holds 16 clusters, nlist=8"):
-        ivf_lists(problem, tmp_path, nlist=8)
-    with pytest.raises(ValueError, match="nlist=5000 clusters need at least as many pairs"):
-        ivf_lists(problem, tmp_path / "other", nlist=5000)
-
-
-def test_inverted_search_has_the_same_bytes_for_other_blocks_and_stores_its_recall(tmp_path):
-    store = clustered_store(tmp_path / "store")
-    choice = BackendChoice(backend="faiss", index="ivf", nlist=16, nprobe=2)
-    tables = [
-        search_pairs(
-            store, tmp_path / f"pairs-{block}", SearchLimits(k=10), choice=choice, block=block, recall_rows=200
-        )
-        for block in (70, 1024)
-    ]
-    assert array_bytes(tables[0].path) == array_bytes(tables[1].path)
-    recall = tables[0].manifest["facts"]["recall"]
-    exact = ReferenceSearch(SearchProblem.of(store, SearchLimits(k=10))).search(np.arange(1200)).ids_QK
-    true = np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(tables[0].pair_ids_NK, exact, strict=True)])
-    assert recall["num_rows"] == 200
-    assert recall["interval"][0] <= true <= recall["interval"][1]
-    assert not (tables[0].path / "clusters").exists()
-
-
-@pytest.mark.parametrize(
-    ("num_pairs", "nlist"), [(1, 1), (100, 2), (10_000, 256), (1_000_000, 2048), (11_000_000, 4096)]
-)
-def test_number_of_clusters_grows_with_the_root_of_the_pairs(num_pairs, nlist):
-    assert automatic_nlist(num_pairs) == nlist
 
 
 def test_faiss_gpu_that_is_not_there_is_an_error_with_its_remedy(tmp_path):

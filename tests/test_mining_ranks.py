@@ -37,7 +37,7 @@ class SlowSearch(ReferenceSearch):
 
 
 def search_slowly(store: Path, out: Path, place: RankPlace, patience_s: float) -> None:
-    mining.search.make_backend = lambda choice, problem, *_: SlowSearch(problem)
+    mining.search.make_backend = lambda choice, problem, *_, **__: SlowSearch(problem)
     search_pairs(EmbeddingStore.open(store), out, LIMITS, pruning=PRUNING, block=5, place=place, patience_s=patience_s)
 
 

@@ -204,13 +204,13 @@ def test_interrupted_search_goes_on_from_its_last_block(tmp_path, monkeypatch):
     limits = SearchLimits(k=4)
     search_pairs(store, tmp_path / "whole", limits)
     with monkeypatch.context() as patch:
-        patch.setattr("mining.search.make_backend", lambda choice, problem, *_: FailsAtBlock(problem, 3))
+        patch.setattr("mining.search.make_backend", lambda choice, problem, *_, **__: FailsAtBlock(problem, 3))
         with pytest.raises(KeyboardInterrupt):
             search_pairs(store, tmp_path / "pairs", limits, block=10)
     assert not (tmp_path / "pairs").exists()
     with monkeypatch.context() as patch:
         # The 7 blocks left and not one more.
-        patch.setattr("mining.search.make_backend", lambda choice, problem, *_: FailsAtBlock(problem, 7))
+        patch.setattr("mining.search.make_backend", lambda choice, problem, *_, **__: FailsAtBlock(problem, 7))
         search_pairs(store, tmp_path / "pairs", limits, block=10)
     assert array_bytes(tmp_path / "pairs") == array_bytes(tmp_path / "whole")
     assert PairTable.open(tmp_path / "pairs").fingerprint == PairTable.open(tmp_path / "whole").fingerprint
@@ -220,7 +220,7 @@ def test_damaged_block_of_an_interrupted_search_is_searched_again(tmp_path, monk
     store = random_store(tmp_path / "store", 100)
     search_pairs(store, tmp_path / "whole", SearchLimits(k=4))
     with monkeypatch.context() as patch:
-        patch.setattr("mining.search.make_backend", lambda choice, problem, *_: FailsAtBlock(problem, 3))
+        patch.setattr("mining.search.make_backend", lambda choice, problem, *_, **__: FailsAtBlock(problem, 3))
         with pytest.raises(KeyboardInterrupt):
             search_pairs(store, tmp_path / "pairs", SearchLimits(k=4), block=10)
     (partial,) = tmp_path.glob(".pairs.partial-*")
