@@ -21,6 +21,10 @@ class ModelConfig:
     """start from these weights: a run folder, a checkpoint folder, or an open_clip pretrained tag or file; empty: from scratch"""
     grad_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
+    lock_image: bool = False
+    """keep the image tower's weights as they are (LiT); give them with pretrained"""
+    lock_text: bool = False
+    """keep the text tower's weights as they are"""
 
 
 @dataclass(frozen=True)
@@ -137,8 +141,11 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The contrastive loss and HELIP's hard-negative margin loss (HNML)."""
+    """The contrastive loss and HELIP's hard-negative margin loss (HNML), or SigLIP's sigmoid loss."""
 
+    kind: Literal["contrastive", "sigmoid"] = "contrastive"
+    """contrastive: cross entropy over the batch (CLIP); sigmoid: each pair by itself (SigLIP), with a learned bias that starts at -10 and a
+    scale that starts at 10 unless the weights bring a bias of their own"""
     margin_weight: float = 0.0
     """weight of the margin loss (HELIP Eq. 7: gamma); 0: contrastive loss alone"""
     margin_space: Literal["cosine", "logits"] = "cosine"
@@ -149,6 +156,14 @@ class LossConfig:
     """label smoothing of the contrastive targets"""
     backend: Literal["auto", "reference", "blockwise", "triton"] = "auto"
     """which implementation of the loss runs; auto logs its choice"""
+
+    def check(self) -> None:
+        """Raises ValueError for a term that the sigmoid loss does not have."""
+        for name in ("margin_weight", "label_smoothing"):
+            if self.kind == "sigmoid" and getattr(self, name):
+                raise ValueError(
+                    f"loss.{name}={getattr(self, name)} belongs to --loss.kind contrastive; leave it 0 with --loss.kind sigmoid"
+                )
 
 
 @dataclass(frozen=True)
@@ -200,6 +215,9 @@ class TrainConfig:
                 raise ValueError(f"--{name} is missing; see --help")
         self.data.check()
         check_trackers(self.trackers)
+        self.loss.check()
+        if self.model.lock_image and self.model.lock_text:
+            raise ValueError("model.lock_image and model.lock_text leave no tower to train; lock one of them")
         if self.epochs <= 0 and self.max_steps <= 0:
             raise ValueError(
                 f"epochs={self.epochs} and max_steps={self.max_steps} leave nothing to do; give one of them"

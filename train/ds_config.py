@@ -6,7 +6,7 @@ named at once.
 
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,47 @@ LEARNING_KEYS = {
     "scheduler": "--optim.warmup",
     "gradient_clipping": "--optim.grad_clip_norm",
     "steps_per_print": "--log_every_steps",
+    "lr": "--optim.lr",
+    "learning_rate": "--optim.lr",
+    "weight_decay": "--optim.wd",
+    "betas": "--optim.beta1 and --optim.beta2",
+    "batch_size": "--batch_size",
+    "micro_batch_size": "--micro_batch_size",
+    "epochs": "--epochs",
+    "seed": "--seed",
 }
+# Sections that DeepSpeed reads key by key, so that it would ignore a misspelt one; it checks the others itself.
+SECTION_KEYS = {
+    "torch_autocast": {"enabled", "dtype", "lower_precision_safe_modules"},
+    "aio": {"block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"},
+    "bf16": {
+        "enabled",
+        "immediate_grad_update",
+        "check_grad_overflow",
+        "bf16_master_weights_and_grads",
+        "bf16_optimizer_states",
+    },
+    "fp16": {
+        "enabled",
+        "auto_cast",
+        "loss_scale",
+        "initial_scale_power",
+        "loss_scale_window",
+        "hysteresis",
+        "consecutive_hysteresis",
+        "min_loss_scale",
+        "fp16_master_weights_and_grads",
+    },
+}
+PRECISIONS = ("bf16", "fp16", "torch_autocast")
+OFFLOAD_DEVICES = ("none", "cpu", "nvme")
 
 
 def read_ds_config(path: str | Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON and check its keys; what its sections may hold, DeepSpeed itself says later.
 
-    Raises ValueError naming the file for JSON that can't be read, an unknown key (with the nearest known one), a learning number, or
-    an "auto".
+    Raises ValueError naming the file for JSON that can't be read, an unknown key (with the nearest known one), a learning number, an
+    "auto", or settings that do not go together.
     """
     if not Path(path).is_file():
         raise ValueError(f"--ds_config {path} is no file; ds_configs/ has one for each memory regime")
@@ -57,17 +90,10 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"--ds_config {path} is not valid JSON: {error}") from error
-    for key in config:
-        if key in LEARNING_KEYS:
-            raise ValueError(
-                f"{path}: {key} is a learning number; say it with {LEARNING_KEYS[key]}, the JSON holds memory only"
-            )
-        if key not in MEMORY_KEYS:
-            near = difflib.get_close_matches(key, MEMORY_KEYS, n=1)
-            raise ValueError(
-                f"{path}: unknown key {key}"
-                + (f", did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(MEMORY_KEYS))}")
-            )
+    _check_keys(config, MEMORY_KEYS, str(path), "")
+    for section, known in SECTION_KEYS.items():
+        if isinstance(config.get(section), dict):
+            _check_keys(config[section], known, str(path), f"{section}.")
     for place, value in _leaves(config):
         if value == "auto":
             raise ValueError(f'{path}: {place} is "auto", which nothing here fills in; write the value')
@@ -76,7 +102,68 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: bf16.check_grad_overflow=false would let gradients that are not finite reach the weights; leave it out"
         )
+    try:
+        check_regime(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return config
+
+
+def _check_keys(section: dict[str, Any], known: Collection[str], path: str, prefix: str) -> None:
+    for key in section:
+        if key in known:
+            continue
+        if key in LEARNING_KEYS:
+            raise ValueError(
+                f"{path}: {prefix}{key} is a learning number; say it with {LEARNING_KEYS[key]}, the JSON holds memory only"
+            )
+        near = difflib.get_close_matches(key, known, n=1)
+        raise ValueError(
+            f"{path}: unknown key {prefix}{key}"
+            + (f", did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(known))}")
+        )
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def offload_device(config: dict[str, Any], what: str) -> str:
+    """Where the JSON puts the optimizer's states (what="optimizer") or the weights (what="param"): none, cpu or nvme."""
+    return (config.get("zero_optimization", {}).get(f"offload_{what}") or {}).get("device", "none")
+
+
+def precision(config: dict[str, Any]) -> str:
+    """bf16, fp16 (weights of 16 bit over fp32 masters), torch_autocast (fp32 weights), or fp32."""
+    return next((name for name in PRECISIONS if config.get(name, {}).get("enabled")), "fp32")
+
+
+def check_regime(config: dict[str, Any]) -> None:
+    """Raises ValueError for settings that do not go together, or that DeepSpeed would take and then not do."""
+    stage = zero_stage(config)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise ValueError(f"zero_optimization.stage={stage!r} must be 0, 1, 2 or 3")
+    enabled = [name for name in PRECISIONS if config.get(name, {}).get("enabled")]
+    if len(enabled) > 1:
+        raise ValueError(f"{' and '.join(enabled)} are enabled together; keep one of them")
+    for what, lowest in (("optimizer", 1), ("param", 3)):
+        device = offload_device(config, what)
+        if device not in OFFLOAD_DEVICES:
+            raise ValueError(f"offload_{what}.device={device!r} must be one of {', '.join(OFFLOAD_DEVICES)}")
+        if device != "none" and stage < lowest:
+            sharded = "optimizer states" if what == "optimizer" else "weights"
+            raise ValueError(
+                f"offload_{what} needs sharded {sharded}, and ZeRO stage {stage} has none; use stage {lowest}"
+                + (" or higher" if lowest < 3 else "")
+            )
+        if device == "nvme" and stage < 3:
+            raise ValueError(f"offload_{what}.device=nvme needs ZeRO stage 3, not {stage}; use stage 3, or device=cpu")
+        if device == "nvme" and not config["zero_optimization"][f"offload_{what}"].get("nvme_path"):
+            raise ValueError(f"offload_{what}.nvme_path is missing: a folder on this node's own NVMe drive")
+    if enabled and enabled[0] != "torch_autocast" and stage == 0:
+        raise ValueError(
+            f"{enabled[0]} weights at ZeRO stage 0 hide the fp32 temperature; use stage 1, or torch_autocast as in ds_configs/cpu.json"
+        )
 
 
 def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:

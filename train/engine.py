@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 
 from train.config import OptimConfig
 from train.distributed import Ranks
+from train.ds_config import check_regime, offload_device
+from train.model import SCALARS, attention_for
 from train.phases import BACKWARD, FORWARD, STEP, Phases, book_reductions
 from train.random_state import random_state
 from train.schedule import parameter_groups
@@ -30,6 +33,38 @@ def check_zero_section(path: str | Path, ds_config: dict[str, Any]) -> None:
         DeepSpeedZeroConfig(**ds_config.get("zero_optimization", {}))
     except ValueError as error:
         raise ValueError(f"{path}: zero_optimization: {error}") from error
+
+
+def uses_deepspeed_adam(ds_config: dict[str, Any]) -> bool:
+    """Whether AdamW is DeepSpeed's for CPUs, several times as fast as torch's there; it is compiled when it is first used."""
+    return offload_device(ds_config, "optimizer") != "none" and ds_config.get("zero_force_ds_cpu_optimizer", True)
+
+
+def check_offload(ds_config: dict[str, Any]) -> None:
+    """Raises ValueError when this machine lacks what the JSON's offload needs: a compiler, libaio, the NVMe folder."""
+    if uses_deepspeed_adam(ds_config):
+        missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
+        if missing:
+            raise ValueError(
+                f"offload_optimizer needs {' and '.join(missing)} on PATH to compile DeepSpeed's AdamW for CPUs (pip install ninja; "
+                'apt install g++); or say "zero_force_ds_cpu_optimizer": false to take torch\'s, which is slower'
+            )
+    for what in ("optimizer", "param"):
+        if offload_device(ds_config, what) != "nvme":
+            continue
+        folder = Path(ds_config["zero_optimization"][f"offload_{what}"]["nvme_path"])
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise ValueError(
+                f"offload_{what}.nvme_path={folder} is no folder that can be written to on this node; make it"
+            )
+        with quiet_deepspeed():
+            from deepspeed.ops.op_builder import AsyncIOBuilder
+
+            if not AsyncIOBuilder().is_compatible(verbose=False):
+                raise ValueError(
+                    f"offload_{what}.device=nvme needs libaio to read and write {folder}: apt install libaio-dev (Debian, Ubuntu) or "
+                    "yum install libaio-devel; or offload to the CPU's memory with ds_configs/zero3_offload.json"
+                )
 
 
 class Engine:
@@ -48,8 +83,13 @@ class Engine:
         ranks: Ranks,
         phases: Phases | None = None,
     ) -> None:
+        check_regime(ds_config)
+        check_offload(ds_config)
         with quiet_deepspeed():
             import deepspeed
+
+            with without_compiler():
+                from deepspeed.runtime.zero.muon import original_muon  # noqa: F401
 
             # Its shared-memory all-reduce serves inference alone; here it would only cost a compiler, 20 s to build, and 69 MB of
             # /dev/shm for each rank that stay behind.
@@ -68,7 +108,7 @@ class Engine:
                         "lr": optim.lr,
                         "betas": [optim.beta1, optim.beta2],
                         "eps": optim.eps,
-                        "torch_adam": True,
+                        "torch_adam": not uses_deepspeed_adam(ds_config),
                     },
                 },
             }
@@ -88,16 +128,11 @@ class Engine:
         self.max_log_scale = math.log(optim.max_logit_scale)
         self.world_size, self.rank = ranks.world_size, ranks.rank
         self.rounds_weights = self.module.clip.logit_scale.dtype != torch.float32
-        if self.rounds_weights and self.stage == 0:
-            raise ValueError(
-                "bf16 or fp16 weights at ZeRO stage 0 hide the fp32 temperature; use stage 1, or torch_autocast as in ds_configs/cpu.json"
-            )
         self.state = TrainingState(self.engine, rank=self.rank, world_size=self.world_size)
         self._refresh_log_scale()
 
-    def forward(
-        self, image_BCHW: torch.Tensor, text_BL: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, image_BCHW: torch.Tensor, text_BL: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What `TwoTowers` gives."""
         with self.phases(FORWARD):
             return self.engine(
                 image_BCHW.to(self.device, non_blocking=True), text_BL.to(self.device, non_blocking=True)
@@ -110,7 +145,7 @@ class Engine:
     def backward_and_step(self, loss: torch.Tensor, learning_rate: float) -> bool:
         """False when a gradient was not finite, on whichever rank: then nothing has changed."""
         with self.phases(BACKWARD):
-            self.engine.backward(loss)
+            self._backward(loss)
         with self.phases(STEP):
             return self._step(learning_rate)
 
@@ -126,9 +161,14 @@ class Engine:
             for number in range(num_losses):
                 if not coalesces:
                     self.engine.set_gradient_accumulation_boundary(number == num_losses - 1)
-                self.engine.backward(next(losses))
+                self._backward(next(losses))
         with self.phases(STEP):
             return self._step(learning_rate)
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        # Activation checkpointing runs parts of the forward again in here, and they have to choose the same attention.
+        with attention_for(self.device):
+            self.engine.backward(loss)
 
     def _step(self, learning_rate: float) -> bool:
         for group in self.optimizer.param_groups:
@@ -178,11 +218,15 @@ class Engine:
             scale.clamp_(0, self.max_log_scale)
 
     def _refresh_log_scale(self) -> None:
-        """Let the next forward use the temperature's fp32 master: bfloat16 would make 2.6562 of 2.6503, and 99 of a limit of 100."""
+        """Let the next forward use the fp32 masters of the scalars: bfloat16 would make 2.6562 of 2.6503, and 99 of a limit of 100."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        if self.rounds_weights and self.module.clip.logit_scale.requires_grad:
-            self.module.exact_log_scale = safe_get_full_fp32_param(self.module.clip.logit_scale).float().clone()
+        if not self.rounds_weights:
+            return
+        for name in SCALARS:
+            parameter = getattr(self.module.clip, name, None)
+            if parameter is not None and parameter.requires_grad:
+                self.module.exact_scalars[name] = safe_get_full_fp32_param(parameter).float().clone()
 
     def full_state_dict(self) -> dict[str, torch.Tensor] | None:
         """The open_clip model's weights and buffers on the CPU, fp32 masters where there are any; None on ranks other than 0."""
@@ -254,6 +298,19 @@ class Engine:
 
     def close(self) -> None:
         self.engine.destroy()
+
+
+@contextlib.contextmanager
+def without_compiler() -> Iterator[None]:
+    """DeepSpeed decorates functions of its Muon optimizer with torch.compile when any optimizer is checked, and each rank would load
+    the compiler for them, which takes seconds; nothing here uses Muon.
+    """
+    compiler = torch.compile
+    torch.compile = lambda function=None, **_: function if function is not None else lambda inner: inner
+    try:
+        yield
+    finally:
+        torch.compile = compiler
 
 
 @contextlib.contextmanager

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-import kernels
 from train.data.loader import RankBatch
 from train.engine import Engine
+from train.loss import BatchGradients
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class CachedChunk:
     text_BL: torch.Tensor
     image_BD: torch.Tensor
     text_BD: torch.Tensor
-    scale: torch.Tensor
+    scalars: tuple[torch.Tensor, ...]
     random_state: RandomState
 
 
@@ -59,13 +59,12 @@ def encode_in_chunks(engine: Engine, batch: RankBatch, micro_batch_size: int) ->
     for image_BCHW, text_BL in zip(*pieces, strict=True):
         state = RandomState.now(engine.device)
         with torch.no_grad():
-            chunks.append(CachedChunk(image_BCHW, text_BL, *engine.forward(image_BCHW, text_BL), state))
+            image_BD, text_BD, *scalars = engine.forward(image_BCHW, text_BL)
+        chunks.append(CachedChunk(image_BCHW, text_BL, image_BD, text_BD, tuple(scalars), state))
     return chunks
 
 
-def replay_and_step(
-    engine: Engine, chunks: Sequence[CachedChunk], gradients: kernels.ContrastiveGradients, rate: float
-) -> bool:
+def replay_and_step(engine: Engine, chunks: Sequence[CachedChunk], gradients: BatchGradients, rate: float) -> bool:
     """Carry the features' gradients into the weights chunk by chunk and take one optimizer step. Collective: every rank calls.
 
     False when a gradient was not finite: then nothing has changed.
@@ -77,18 +76,18 @@ def replay_and_step(
     return taken
 
 
-def _losses(
-    engine: Engine, chunks: Sequence[CachedChunk], gradients: kernels.ContrastiveGradients
-) -> Iterator[torch.Tensor]:
+def _losses(engine: Engine, chunks: Sequence[CachedChunk], gradients: BatchGradients) -> Iterator[torch.Tensor]:
     """For each chunk a number whose gradient by the weights is the chunk's part of the loss's."""
     sizes = [len(chunk.image_BD) for chunk in chunks]
     d_images, d_texts = gradients.d_image_BD.split(sizes), gradients.d_text_BD.split(sizes)
     for chunk, d_image_BD, d_text_BD in zip(chunks, d_images, d_texts, strict=True):
         chunk.random_state.restore(engine.device)
-        image_BD, text_BD, scale = engine.forward(chunk.image_BCHW, chunk.text_BL)
-        # The temperature is one number of the whole batch: each chunk carries its share of the gradient.
-        d_scale = gradients.d_logit_scale / len(chunks)
-        yield (image_BD * d_image_BD).sum() + (text_BD * d_text_BD).sum() + (scale * d_scale).sum()
+        image_BD, text_BD, *scalars = engine.forward(chunk.image_BCHW, chunk.text_BL)
+        loss = (image_BD * d_image_BD).sum() + (text_BD * d_text_BD).sum()
+        # A scalar is one number of the whole batch: each chunk carries its share of the gradient.
+        for scalar, d_scalar in zip(scalars, gradients.d_scalars, strict=True):
+            loss = loss + (scalar * (d_scalar / len(chunks))).sum()
+        yield loss
 
 
 @contextmanager

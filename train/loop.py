@@ -16,20 +16,20 @@ from typing import Any
 
 import torch
 
-import kernels
 from train.checkpoint import CheckpointSaver, find_checkpoint, restore, step_folder
 from train.config import TrainConfig
 from train.data.loader import RankBatch, StepDataset, step_loader
 from train.data.replaced import ReplacedPictures
 from train.data.shard_index import local_tars, prepare_index
 from train.data.tar_stream import TarStream
-from train.distributed import Ranks, barrier, world_group
+from train.distributed import Ranks, barrier
 from train.ds_config import read_ds_config
 from train.engine import Engine, check_zero_section
 from train.feature_cache import encode_in_chunks, replay_and_step
 from train.flops import step_cost
+from train.loss import Terms, batch_gradients, batch_loss, term_values
 from train.metrics import MetricsLog, StepClock
-from train.model import CONFIG_FILE, MERGES_FILE, WEIGHTS_FILE, TwoTowers, build_model, build_tokenizer
+from train.model import CONFIG_FILE, MERGES_FILE, SCALARS, WEIGHTS_FILE, TwoTowers, build_model, build_tokenizer
 from train.phases import CHECKPOINT, DATA, LOGGING, LOSS, Phases
 from train.run_manifest import write_run_manifest
 from train.schedule import learning_rate
@@ -48,7 +48,7 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
     torch.manual_seed(config.seed)
     ds_config = read_ds_config(config.ds_config)
     check_zero_section(config.ds_config, ds_config)
-    model, preprocess = build_model(config.model)
+    model, preprocess = build_model(config.model, config.loss.kind)
     towers = TwoTowers(model, preprocess)
     start = find_checkpoint(run, ranks, towers)
     first_step = start.step if start else 0
@@ -150,8 +150,9 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
 class StepOutcome:
     """What a step's loss was, and whether the weights took it."""
 
-    terms: kernels.ContrastiveOutput
-    scale: torch.Tensor
+    terms: Terms
+    scalars: tuple[torch.Tensor, ...]
+    """the scale, and the bias of a model that learns one"""
     features: tuple[torch.Tensor, torch.Tensor]
     not_finite: str
     """"loss" or "gradient" when that was not finite, then nothing has changed; empty when the step was taken"""
@@ -165,12 +166,13 @@ def train_step(engine: Engine, config: TrainConfig, batch: RankBatch, rate: floa
     """
     if config.micro_batch_size:
         return cached_train_step(engine, config, batch, rate)
-    image_BD, text_BD, scale = engine.forward(batch.image_BCHW, batch.text_BL)
+    image_BD, text_BD, *scalars = engine.forward(batch.image_BCHW, batch.text_BL)
     with engine.phases(LOSS):
-        terms = kernels.contrastive_loss(image_BD, text_BD, scale, **loss_options(config))
+        terms = batch_loss(config, image_BD, text_BD, scalars)
     taken = engine.backward_and_step(terms.loss * one_if_finite(terms.loss), rate)
+    detached = tuple(scalar.detach() for scalar in scalars)
     return StepOutcome(
-        terms, scale.detach(), (image_BD.detach(), text_BD.detach()), "" if taken else what_is_not_finite(terms)
+        terms, detached, (image_BD.detach(), text_BD.detach()), "" if taken else what_is_not_finite(terms)
     )
 
 
@@ -178,14 +180,14 @@ def cached_train_step(engine: Engine, config: TrainConfig, batch: RankBatch, rat
     """The same step with the activations of about `micro_batch_size` rows at a time. Collective: every rank calls."""
     chunks = encode_in_chunks(engine, batch, config.micro_batch_size)
     image_BD, text_BD = (torch.cat([getattr(chunk, name) for chunk in chunks]) for name in ("image_BD", "text_BD"))
-    scale = chunks[0].scale
+    scalars = chunks[0].scalars
     with engine.phases(LOSS):
-        gradients = kernels.contrastive_gradients(image_BD, text_BD, scale, **loss_options(config))
+        gradients = batch_gradients(config, image_BD, text_BD, scalars)
     one = one_if_finite(gradients.terms.loss)
     scaled = replace(gradients, d_image_BD=gradients.d_image_BD * one, d_text_BD=gradients.d_text_BD * one)
     taken = replay_and_step(engine, chunks, scaled, rate)
     return StepOutcome(
-        gradients.terms, scale, (image_BD, text_BD), "" if taken else what_is_not_finite(gradients.terms)
+        gradients.terms, scalars, (image_BD, text_BD), "" if taken else what_is_not_finite(gradients.terms)
     )
 
 
@@ -197,20 +199,8 @@ def one_if_finite(loss: torch.Tensor) -> torch.Tensor:
     return torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
-def what_is_not_finite(terms: kernels.ContrastiveOutput) -> str:
+def what_is_not_finite(terms: Terms) -> str:
     return "gradient" if math.isfinite(terms.loss.item()) else "loss"
-
-
-def loss_options(config: TrainConfig) -> dict[str, Any]:
-    return {
-        "hard_per_anchor": config.data.hard_per_anchor,
-        "margin_weight": config.loss.margin_weight,
-        "margin_space": config.loss.margin_space,
-        "margin_direction": config.loss.margin_direction,
-        "label_smoothing": config.loss.label_smoothing,
-        "process_group": world_group(),
-        "backend": config.loss.backend,
-    }
 
 
 def timed(batches: Iterator[RankBatch], phases: Phases, first_step: int) -> Iterator[RankBatch]:
@@ -229,10 +219,9 @@ def position(step: int, dataset: StepDataset | TarStream) -> dict[str, float]:
 
 
 def measurements(outcome: StepOutcome, engine: Engine, batch: RankBatch) -> dict[str, float]:
-    names = ("loss", "contrastive", "margin", "image_accuracy", "text_accuracy")
     return {
-        **{name: getattr(outcome.terms, name).item() for name in names},
-        "logit_scale": outcome.scale.item(),
+        **term_values(outcome.terms),
+        **{name: scalar.item() for name, scalar in zip(SCALARS, outcome.scalars, strict=False)},
         "gradient_norm": engine.gradient_norm(),
         "substitutes": batch.num_substitutes,
     }
@@ -286,9 +275,9 @@ def check_same_run(run: Path, config: TrainConfig) -> None:
     # A run of an earlier version does not name every field.
     before = {**defaults, **json.loads(path.read_text(encoding="utf-8"))["config"]}
     for name in now:
-        same = before[name] == now[name]
+        then = {**defaults[name], **before[name]} if isinstance(now[name], dict) else before[name]
+        same = then == now[name]
         if name == "data":
-            then = {**defaults["data"], **before["data"]}
             same = all(then[field] == now["data"][field] for field in now["data"] if field not in FREE_DATA_FIELDS)
         if not same and name not in FREE_FIELDS:
             raise ValueError(

@@ -8,6 +8,7 @@ import contextlib
 import gzip
 import json
 import logging
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -28,6 +29,9 @@ CONFIG_FILE, WEIGHTS_FILE, MERGES_FILE = "open_clip_config.json", "open_clip_mod
 # 256 bytes, the same as word ends, and the two special tokens: what a vocabulary holds besides its merges.
 NUM_BASE_TOKENS = 514
 CLIP_VOCABULARY_SIZE = 49408
+SIGLIP_LOG_SCALE, SIGLIP_BIAS = math.log(10), -10.0
+# What a model learns beside its towers, one number each.
+SCALARS = ("logit_scale", "logit_bias")
 
 Tokenizer = Callable[[str | list[str]], torch.Tensor]
 
@@ -65,16 +69,17 @@ def architecture(name: str) -> dict[str, Any]:
     return config
 
 
-def build_model(config: ModelConfig) -> tuple[torch.nn.Module, PreprocessCfg]:
+def build_model(config: ModelConfig, loss_kind: str = "contrastive") -> tuple[torch.nn.Module, PreprocessCfg]:
     """A trainable fp32 open_clip model (logit_scale of shape [1], as DeepSpeed needs) and its preprocessing.
 
+    loss_kind "sigmoid" gives it a logit_bias of shape [1].
     Raises ValueError for an unknown name, or weights that are missing or of another architecture.
     """
     if config.pretrained and Path(config.pretrained).is_dir():
         folder = checkpoint_folder(config.pretrained)
         model, preprocess = _read_model(folder)
         expected, found = architecture(config.name), json.loads((folder / CONFIG_FILE).read_text())["model_cfg"]
-        if expected != found:
+        if {**expected, "init_logit_bias": None} != {**found, "init_logit_bias": None}:
             raise ValueError(
                 f"model.name={config.name} is not the architecture of {folder}; name the model that was trained there"
             )
@@ -92,7 +97,29 @@ def build_model(config: ModelConfig) -> tuple[torch.nn.Module, PreprocessCfg]:
         preprocess = PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
     if config.grad_checkpointing:
         model.set_grad_checkpointing()
+    if config.lock_image:
+        model.lock_image_tower(freeze_bn_stats=True)
+    if config.lock_text:
+        model.lock_text_tower()
+    fit_scalars(model, loss_kind)
     return model.train(), preprocess
+
+
+def fit_scalars(model: torch.nn.Module, loss_kind: str) -> None:
+    """Give `model` the scalars that a loss learns: SigLIP's bias, or no bias that nothing would train.
+
+    Source of the initial values, scale 10 and bias -10: Zhai et al. 2023 (arXiv:2303.15343), section 3.2. Weights that were trained with a
+    bias keep theirs.
+    """
+    bias = getattr(model, "logit_bias", None)
+    if loss_kind != "sigmoid":
+        if bias is not None:
+            bias.requires_grad_(False)
+        return
+    if bias is None:
+        model.logit_bias = torch.nn.Parameter(torch.full_like(model.logit_scale, SIGLIP_BIAS))
+        with torch.no_grad():
+            model.logit_scale.fill_(SIGLIP_LOG_SCALE)
 
 
 def build_tokenizer(name: str) -> Tokenizer:
@@ -124,6 +151,9 @@ def _first_merges(vocabulary_size: int) -> bytes:
 def save_model(folder: Path, name: str, state_dict: Mapping[str, torch.Tensor], preprocess: PreprocessCfg) -> None:
     """Write what plain `open_clip.create_model_and_transforms("local-dir:FOLDER")` loads: fp32 weights and the config."""
     config = architecture(name)
+    if "logit_bias" in state_dict:
+        # Without it open_clip would build a model that has no bias.
+        config.setdefault("init_logit_bias", SIGLIP_BIAS)
     write_tensors(folder / WEIGHTS_FILE, ExportedTensors(state_dict), {"format": "pt"})
     write_json_atomically(
         folder / CONFIG_FILE, {"model_cfg": config, "preprocess_cfg": asdict(preprocess), "hardpair_name": name}
@@ -175,7 +205,7 @@ def _read_model(folder: Path) -> tuple[torch.nn.Module, PreprocessCfg]:
     with quiet_root_logger():
         model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, nonscalar_logit_scale=True)
     state_dict = load_file(folder / WEIGHTS_FILE)
-    for scalar in ("logit_scale", "logit_bias"):
+    for scalar in SCALARS:
         if scalar in state_dict:
             state_dict[scalar] = state_dict[scalar].reshape(1)
     model.load_state_dict(state_dict)
@@ -221,34 +251,38 @@ def attention_for(device: torch.device) -> Iterator[None]:
 
 
 class TwoTowers(torch.nn.Module):
-    """The module under the engine: normalised fp32 features of both towers and the exponentiated logit scale, in one forward."""
+    """The module under the engine: normalised fp32 features of both towers and what scales them, in one forward."""
 
     def __init__(self, clip: torch.nn.Module, preprocess: PreprocessCfg) -> None:
         super().__init__()
         self.clip = clip
         self.mean, self.std = preprocess.mean, preprocess.std
-        self.exact_log_scale: torch.Tensor | None = None
-        """float32 [1]: what the logit scale stands for where its parameter is a copy rounded to 16 bit; set by the engine"""
+        # A frozen bias is that of weights which another loss trained; this one has none.
+        bias = getattr(clip, "logit_bias", None)
+        self.has_bias = bias is not None and bias.requires_grad
+        self.exact_scalars: dict[str, torch.Tensor] = {}
+        """name -> float32 [1]: what a scalar stands for where its parameter is a copy rounded to 16 bit; set by the engine"""
 
-    def forward(
-        self, image_BCHW: torch.Tensor, text_BL: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """uint8 images [B, 3, H, W] and tokens int64 [B, L] -> image and text features float32 [B, D], scale float32 [1]."""
+    def forward(self, image_BCHW: torch.Tensor, text_BL: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """uint8 images [B, 3, H, W] and tokens int64 [B, L] -> image and text features float32 [B, D], scale float32 [1], and the bias
+        float32 [1] of a model that learns one.
+        """
         with attention_for(image_BCHW.device):
             image_features = self.clip.encode_image(self._normalised(image_BCHW))
             text_features = self.clip.encode_text(text_BL)
-        return (
+        features = (
             torch.nn.functional.normalize(image_features.float(), dim=-1),
             torch.nn.functional.normalize(text_features.float(), dim=-1),
-            self._log_scale().exp(),
+            self._exact("logit_scale").exp(),
         )
+        return (*features, self._exact("logit_bias")) if self.has_bias else features
 
-    def _log_scale(self) -> torch.Tensor:
-        log_scale = self.clip.logit_scale.float()
-        if self.exact_log_scale is None:
-            return log_scale
+    def _exact(self, name: str) -> torch.Tensor:
+        # A tensor of its own: ZeRO-3 empties the parameter after the forward, and the loss still needs the value.
+        copy = getattr(self.clip, name).float().clone()
+        exact = self.exact_scalars.get(name)
         # The exact value, with the gradient of the copy.
-        return log_scale + (self.exact_log_scale - log_scale).detach()
+        return copy if exact is None else copy + (exact - copy).detach()
 
     def _normalised(self, image_BCHW: torch.Tensor) -> torch.Tensor:
         mean = torch.tensor(self.mean, device=image_BCHW.device).view(1, 3, 1, 1) * 255
