@@ -2,7 +2,7 @@
 step of a plain fp32 program on the global batch (tests/same_gradient.py).
 
 How equal. fp32: the whole update and the whole gradient (AdamW's first moment) to 1e-6 of their norm, the temperature and the bias to 1e-6;
-a single weight tensor to 3e-6, since the plain fp32 step itself is up to 1.6e-6 away from float64 there. bf16: a product has a relative
+a single weight tensor to 5e-6, since the plain fp32 step itself is 1e-6 to 3e-6 away from float64 there. bf16: a product has a relative
 error of up to 2^-9, and a gradient passes through some ten of them and through a loss whose scale of 14 multiplies the features' errors, so
 the yardstick is measured: a plain torch program of the same precision, on the same batch, against fp32. The engine may be as far away as
 that, and half as much again (rounding falls differently by micro-batch, and ranks' gradients may be summed in bf16), plus 2^-8.
@@ -115,7 +115,7 @@ def assert_same(cell: Cell, found: dict[str, Tensors]) -> None:
     if cell.precision == "fp32":
         # Some stages add 1e-6 to the norm, which is about 1, before they divide by it to clip, and some do not.
         assert max(distances.values()) <= (3e-6 if cell.clip_norm else 1e-6), (str(cell), distances)
-        assert largest <= 3e-6, (str(cell), largest)
+        assert largest <= 5e-6, (str(cell), largest)
         return
     usual = plain_of(cell, cell.precision)
     yardstick = distance(usual["moments"], expected["moments"])
