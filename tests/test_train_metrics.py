@@ -46,12 +46,17 @@ def test_a_frozen_tower_and_recomputed_activations_cost_what_the_mathematics_nee
     assert counted(model, 64) < 0.7 * whole
 
 
-def test_counting_draws_no_random_number_of_the_run():
-    model = TwoTowers(open_clip.CLIP(**architecture("pocket-rn")), PreprocessCfg())
-    encode_text = model.clip.encode_text
-    model.clip.encode_text = lambda text_BL: encode_text(text_BL) + torch.randn(1).item()
+def test_counting_draws_no_random_number_of_the_run(monkeypatch):
+    model, encode_text, calls = towers("pocket-rn"), open_clip.CLIP.encode_text, []
+
+    def drawing(self, text_BL):
+        calls.append(torch.randn(1))
+        return encode_text(self, text_BL)
+
+    monkeypatch.setattr(open_clip.CLIP, "encode_text", drawing)
     before = torch.get_rng_state()
     assert counted(model, 64) > 1e6
+    assert calls
     assert torch.equal(torch.get_rng_state(), before)
 
 
