@@ -116,3 +116,10 @@ def world_group() -> dist.ProcessGroup:
 
 def _collective_device() -> torch.device:
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
+def sum_of_tensor(rows: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks of a tensor, in a new one. Collective: every rank calls."""
+    total = rows.clone()
+    dist.all_reduce(total)
+    return total

@@ -36,8 +36,10 @@ from train.schedule import learning_rate
 from train.skipped import SkippedSteps
 
 
-def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
+def train(config: TrainConfig, recipe: str, ranks: Ranks, stop_after: int = 0) -> Path:
     """Run a recipe to its last step, from the newest checkpoint when there is one. Collective: every rank calls.
+
+    stop_after: end after so many steps of the same schedule; 0: the last one.
 
     Raises ValueError for what a user can mend (paths, sizes, a run folder of other settings), RuntimeError when loss or gradients stay
     non-finite.
@@ -56,6 +58,7 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
         check_same_run(run, config)
     dataset = _dataset(config, ranks, preprocess.size)
     num_steps = config.num_steps(dataset.steps_per_epoch)
+    last_step = min(num_steps, stop_after or num_steps)
     if start:
         check_same_data(run, dataset.identity())
     barrier()  # every rank has read the run folder before rank 0 writes to it
@@ -106,7 +109,7 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
     batches = step_loader(
         dataset,
         start_step=first_step,
-        stop_step=num_steps,
+        stop_step=last_step,
         workers=config.data.workers,
         pin_memory=ranks.device.type == "cuda",
     )
@@ -119,7 +122,7 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
             skipped.took()
         clock.step_done(batch.global_batch_size)
         replaced.note(done, batch)
-        if done % config.log_every_steps == 0 or done == num_steps:
+        if done % config.log_every_steps == 0 or done == last_step:
             with phases(LOGGING):
                 log.write(
                     {
@@ -132,7 +135,7 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
                     }
                 )
         saver.check()
-        if done % config.save_every_steps == 0 or done == num_steps:
+        if done % config.save_every_steps == 0 or done == last_step:
             with phases(CHECKPOINT):
                 saver.save(done)
         log.step_done()
@@ -140,7 +143,7 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks) -> Path:
     saver.wait()
     log.close()
     if ranks.is_main:
-        export(run, max(first_step, num_steps))
+        export(run, max(first_step, last_step))
     barrier()
     engine.close()
     return run

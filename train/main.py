@@ -45,12 +45,17 @@ def main(arguments: Sequence[str]) -> None:
     read_ds_config(config.ds_config)
     if config.data.store:
         PairStore.open(config.data.store, cache=config.data.cache or None)
+    run_training(config, recipe)
+
+
+def run_training(config: TrainConfig, recipe: str, stop_after: int = 0) -> None:
+    """Join the other ranks and train; `stop_after` as in train.loop."""
     # Imported here: torch, DeepSpeed and open_clip take seconds, which a mistake in a flag or a path need not wait for.
     from train.distributed import connected
     from train.loop import train
 
     with connected(config.device) as ranks:
-        train(config, recipe, ranks)
+        train(config, recipe, ranks, stop_after)
 
 
 def parse_config(recipe: str, arguments: Sequence[str]) -> TrainConfig:

@@ -1,6 +1,6 @@
 """`python -m train.reproduce RUN`: what differs between a run's day and today, and the same run again.
 
-In: config.json, starts.jsonl and metrics.jsonl of a run folder. Out: the differences, line by line; then either the whole run again in a new
+In: config.json, starts.jsonl and metrics.jsonl of a run folder. Out: the differences, line by line; then the whole run again in a new
 folder, or with --check N its first N logged steps, whose losses are compared with the recorded ones.
 
 Started by hand it starts the launcher with as many ranks as the run had. Started as a rank (deepspeed --module, torchrun, srun) it is one.
@@ -55,7 +55,8 @@ class ReproduceConfig:
     """largest relative difference of a loss that --check lets pass; 0: equal to the last bit, as on the same machine"""
     only_compare: bool = False
     """print the differences and train nothing"""
-    stop_after: tyro.conf.Suppress[int] = 0
+    stop_after: int = 0
+    """train only so many steps of the run's schedule; 0: all of it"""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str]) -> None:
     out = flags.out or flags.run.with_name(flags.run.name + "-again")
     if out.exists():
         raise ValueError(f"--out {out} exists; a reproduction starts from nothing, so name another folder")
-    train_again(flags.run, out, manifest, stop_after=0)
+    train_again(flags.run, out, manifest, stop_after=flags.stop_after)
     print(f"done: {out}; compare with `python -m train.report {flags.run} {out}`")
 
 
@@ -82,7 +83,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """config.json of a run, with the world size that it was first started with."""
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise ValueError(f"{folder} has no {CONFIG_NAME}, so it is no run folder; give what train/main.py wrote (--out)")
+        raise ValueError(
+            f"{folder} has no {CONFIG_NAME}, so it is no run folder; give what train/main.py wrote (--out)"
+        )
     manifest = json.loads(path.read_text(encoding="utf-8"))
     starts = read_starts(folder)
     return {**manifest, "starts": starts, "world_size": starts[0]["world_size"] if starts else manifest["world_size"]}
@@ -111,12 +114,19 @@ def print_differences(manifest: Mapping[str, Any], folder: Path) -> None:
         print("nothing differs: the same code, packages, memory regime and data")
     elsewhere = {start["world_size"] for start in manifest["starts"]} - {manifest["world_size"]}
     if elsewhere:
-        print(f"note: parts of {folder} ran on {', '.join(map(str, sorted(elsewhere)))} ranks; sums in another order differ in rounding")
+        print(
+            f"note: parts of {folder} ran on {', '.join(map(str, sorted(elsewhere)))} ranks; sums in another order differ in rounding"
+        )
 
 
 def differences(manifest: Mapping[str, Any]) -> list[str]:
     """One line for each thing that is not now what it was when the run was started."""
-    return [*code_differences(manifest), *version_differences(manifest), *config_differences(manifest), *data_differences(manifest)]
+    return [
+        *code_differences(manifest),
+        *version_differences(manifest),
+        *config_differences(manifest),
+        *data_differences(manifest),
+    ]
 
 
 def code_differences(manifest: Mapping[str, Any]) -> list[str]:
@@ -127,7 +137,9 @@ def code_differences(manifest: Mapping[str, Any]) -> list[str]:
             lines.append(f"commit {short(commit)}, now {short(now['commit'])}; `git checkout {commit or 'COMMIT'}`")
     then = manifest.get("diff_sha256")
     if then and then != now["diff_sha256"]:
-        lines.append("the run's code had changes that were not committed, and they are not those of today; they are not recorded")
+        lines.append(
+            "the run's code had changes that were not committed, and they are not those of today; they are not recorded"
+        )
     elif now["dirty"] and not then:
         lines.append("today's code has changes that are not committed, the run's had none; `git stash` them")
     return lines
@@ -175,14 +187,23 @@ def data_differences(manifest: Mapping[str, Any]) -> list[str]:
 def train_again(folder: Path, out: Path, manifest: Mapping[str, Any], *, stop_after: int) -> None:
     """Start the launcher with this program as every rank. Raises ValueError when training fails."""
     ranks = manifest["world_size"]
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks), "--module", "train.reproduce"]
+    command = [
+        str(Path(sys.executable).parent / "deepspeed"),
+        "--num_accelerators",
+        str(ranks),
+        "--module",
+        "train.reproduce",
+    ]
     command += [str(folder.resolve()), "--out", str(out.resolve()), "--stop-after", str(stop_after)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+    }
     code = subprocess.run(command, env=environment, check=False).returncode
     if code:
         raise ValueError(
-            f"training ended with exit code {code}, see above; for more ranks than this machine has, start `{PROGRAM}` as every rank of your "
-            f"own launcher (srun, torchrun) with --out, {ranks} ranks in all"
+            f"training ended with exit code {code}, see above; for more ranks than this machine has, start `{PROGRAM}` as every rank "
+            f"of your own launcher (srun, torchrun) with --out, {ranks} ranks in all"
         )
 
 
@@ -210,7 +231,9 @@ def logged_losses(folder: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows}
 
 
-def compare(recorded: Mapping[int, float], repeated: Mapping[int, float], steps: Sequence[int], tolerance: float) -> bool:
+def compare(
+    recorded: Mapping[int, float], repeated: Mapping[int, float], steps: Sequence[int], tolerance: float
+) -> bool:
     worst = 0.0
     print(f"{'step':>8}{'recorded':>20}{'again':>20}{'difference':>12}")
     for step in steps:
@@ -220,7 +243,9 @@ def compare(recorded: Mapping[int, float], repeated: Mapping[int, float], steps:
         worst = max(worst, apart if math.isfinite(apart) else math.inf)
         print(f"{step:>8}{then:>20.10g}{now:>20.10g}{apart:>12.1e}")
     agree = worst <= tolerance
-    how = "equal to the last bit" if worst == 0 else f"largest relative difference {worst:.1e}, --tolerance {tolerance:g}"
+    how = (
+        "equal to the last bit" if worst == 0 else f"largest relative difference {worst:.1e}, --tolerance {tolerance:g}"
+    )
     print(f"{'reproduced' if agree else 'not reproduced'}: {how}")
     return agree
 
