@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from tqdm import tqdm
 from mining.gallery_page import gallery_html
 from mining.gallery_picks import picks
 from mining.ledger import COSINES, LEDGER_NAME, read_ledger
-from mining.manifest import read_manifest
+from mining.manifest import MANIFEST_NAME, read_manifest
+from mining.mds_files import CHECKSUMS_NAME, INDEX_NAME, check_fetched_size, check_is_json, check_shard, open_remote
 from mining.pair_table import PairTable
 from mining.plots import charts_html
 from mining.problem import CAUSES, NO_PAIR
+from mining.remote_folder import RetryPolicy
 from mining.summary import SUMMARY_NAME, read_summary
 
 STORE_KIND = "PairStore"
@@ -85,16 +88,26 @@ class Section:
 
 
 class MdsPictures:
-    """Pairs of a PairStore folder by id.
+    """Pairs of a PairStore by id, from its folder, or from the URL of one in remote storage through the folder `cache`, which
+    training and others may share: then a shard is fetched when a pair of it is first asked for.
 
-    Raises ValueError naming the file for a folder that is no PairStore, and for a missing or damaged shard.
+    Raises ValueError naming the file for a folder that is no PairStore, and for a missing or damaged shard; for a remote as
+    `mining.remote_folder` does, and for a URL without cache.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.manifest = read_manifest(path, STORE_KIND, STORE_VERSION, remedy=STORE_REMEDY)
+    def __init__(self, path: str | Path, *, cache: str | Path | None = None, retry: RetryPolicy | None = None):
+        self.place = str(path)
+        self.remote = open_remote(path, cache, retry)
+        self.path = Path(path) if self.remote is None else self.remote.cache
+        if self.remote is not None:
+            self.remote.fetch(MANIFEST_NAME, check_is_json)
+        self.manifest = read_manifest(self.path, STORE_KIND, STORE_VERSION, remedy=STORE_REMEDY)
         self.fingerprint: str = self.manifest["fingerprint"]
-        index = self.path / "index.json"
+        if self.remote is not None:
+            for name in (INDEX_NAME, CHECKSUMS_NAME):
+                self.remote.fetch(name, partial(check_fetched_size, size=self.manifest["files"][name]))
+            self.checksums_N = np.load(self.path / CHECKSUMS_NAME, mmap_mode="r", allow_pickle=False)
+        index = self.path / INDEX_NAME
         try:
             self.shard_infos = json.loads(index.read_text(encoding="utf-8"))["shards"]
         except (OSError, ValueError, KeyError) as error:
@@ -111,6 +124,10 @@ class MdsPictures:
         shard = int(np.searchsorted(self.first_ids, pair_id, side="right")) - 1
         info = self.shard_infos[shard]
         file = self.path / info["raw_data"]["basename"]
+        if self.remote is not None:
+            first_id, stop = self.first_ids[shard : shard + 2].tolist()
+            check = partial(check_shard, info=info, first_id=first_id, checksums_B=self.checksums_N[first_id:stop])
+            self.remote.fetch(info["raw_data"]["basename"], check)
         try:
             reader = streaming.base.format.reader_from_json(str(self.path), None, info)
             sample = reader.decode_sample(reader.get_sample_data(pair_id - int(self.first_ids[shard])))
@@ -126,18 +143,19 @@ def write_gallery(
     store: str | Path,
     out: str | Path,
     *,
+    cache: str | Path | None = None,
     num_anchors: int = 8,
     pairs_per_anchor: int = 8,
     seed: int = 0,
 ) -> float:
-    """Write the page `out` and return its size in MiB.
+    """Write the page `out` and return its size in MiB. `cache`: local folder of what is fetched of a store that is a URL.
 
     Raises ValueError for a table of another store, numbers below 1, and damaged input.
     """
     for name, number in (("num_anchors", num_anchors), ("pairs_per_anchor", pairs_per_anchor)):
         if number < 1:
             raise ValueError(f"{name}={number}, but a gallery shows at least 1")
-    table, pictures = PairTable.open(pairs), MdsPictures(store)
+    table, pictures = PairTable.open(pairs), MdsPictures(store, cache=cache)
     refuse_another_store(table, pictures)
     sections = gallery_sections(table, pictures, num_anchors, pairs_per_anchor, seed)
     summary = summary_of(table)
@@ -156,11 +174,11 @@ def refuse_another_store(table: PairTable, pictures: MdsPictures) -> None:
     if table.manifest["store_fingerprint"] != pictures.fingerprint:
         raise ValueError(
             f"{table.path} is the pair table of another store: it was mined from store "
-            f"{table.manifest['store_fingerprint'][:12] or '(unknown)'}, but {pictures.path} is {pictures.fingerprint[:12]}; "
+            f"{table.manifest['store_fingerprint'][:12] or '(unknown)'}, but {pictures.place} is {pictures.fingerprint[:12]}; "
             "give the --store that was embedded, or embed and search this one"
         )
     if len(table) != len(pictures):
-        raise ValueError(f"{table.path} has {len(table)} rows, but {pictures.path} holds {len(pictures)} pairs")
+        raise ValueError(f"{table.path} has {len(table)} rows, but {pictures.place} holds {len(pictures)} pairs")
 
 
 def gallery_sections(
@@ -269,5 +287,5 @@ def gallery_facts(table: PairTable, pictures: MdsPictures) -> Sequence[tuple[str
         ("noise anchors", f"{int(np.asarray(table.noise_N).sum()):,}"),
         ("image ceiling", f"{parameters.get('image_ceiling', 1.0):g}"),
         ("text ceiling", f"{parameters.get('text_ceiling', 1.0):g}"),
-        ("store", str(pictures.path)),
+        ("store", pictures.place),
     ]

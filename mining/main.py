@@ -165,10 +165,12 @@ class Gallery:
 
     pairs: Path
     """PairTable folder, from search."""
-    store: Path
-    """PairStore folder that the pairs come from, from train.ingest."""
+    store: str
+    """PairStore that the pairs come from, from train.ingest: a folder, or a URL of remote storage (s3://, sftp://, ...) with --cache."""
     out: Path
     """HTML file to write."""
+    cache: Path | None = None
+    """Local folder for what is fetched of a remote store, new, empty or of an earlier run; training may use the same."""
     num_anchors: int = 8
     """Anchors in each section: hardest, at random, most duplicates, noise."""
     pairs_per_anchor: int = 8
@@ -336,6 +338,7 @@ def run_gallery(config: Gallery) -> None:
         config.pairs,
         config.store,
         config.out,
+        cache=config.cache,
         num_anchors=config.num_anchors,
         pairs_per_anchor=config.pairs_per_anchor,
         seed=config.seed,

@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
+from mining.mds_files import sample_checksum
 from tests.tar_shards import image_bytes, ingest, sample, write_tar
-from train.data.pair_store import MDS_COLUMNS, PairStore, caption_hash, normalise_caption, sample_checksum
+from train.data.pair_store import MDS_COLUMNS, PairStore, caption_hash, normalise_caption
 
 CAPTIONS = ["a cat", "A  cat\n", "ein Haus", "\u00c5ngstr\u00f6m", "A\u030angstro\u0308m", "a dog", "a dog"]
 IMAGES = [0, 1, 0, 3, 4, 3, 6]

@@ -12,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mining import PairTable
+from mining.gallery import MdsPictures
+from mining.main import main as gallery
+from mining.remote_folder import RemoteFolder, RetryPolicy
 from tests.sftp_server import SftpServer, running
 from tests.tar_shards import image_bytes, ingest, sample, wait_until, write_tar
 from train.data.pair_store import PairStore
-from train.data.remote_folder import RemoteFolder, RetryPolicy
 
 NUM_SHARDS, PAIRS_PER_SHARD = 4, 4
 NUM_PAIRS = NUM_SHARDS * PAIRS_PER_SHARD
@@ -70,6 +73,26 @@ def test_remote_pairs_are_the_local_ones_and_only_shards_that_are_asked_for_trav
     # Everything is here: the server is gone and not missed.
     assert list(PairStore.open(server.url, cache=tmp_path / "cache", retry=QUICK)) == list(local)
     assert downloads(tmp_path / "cache") == []
+
+
+def test_gallery_of_a_remote_store_is_that_of_the_local_one_and_fetches_only_what_it_shows(local, server, tmp_path):
+    partner_N = np.arange(NUM_PAIRS) ^ 1
+    similarity = np.where(np.arange(NUM_PAIRS) < 4, 0.9, 0.1)[:, None]
+    PairTable.write(tmp_path / "pairs", partner_N[:, None], similarity, similarity, store_fingerprint=local.fingerprint)
+    shown = ["--num-anchors", "1", "--pairs-per-anchor", "1", "--seed", "3"]
+    with running(server):
+        for store, flags in ((server.url, ["--cache", str(tmp_path / "cache")]), (str(local.path), [])):
+            out = str(tmp_path / f"{len(flags)}.html")
+            gallery(["gallery", "--pairs", str(tmp_path / "pairs"), "--store", store, "--out", out, *flags, *shown])
+        opened = server.opened()
+    assert sorted(opened[:3]) == ["checksums.npy", "index.json", "manifest.json"]
+    # The hardest anchor, and one at random.
+    assert 1 <= len(opened[3:]) <= 2
+    remote, of_folder = ((tmp_path / f"{number}.html").read_text() for number in (2, 0))
+    assert remote.replace(server.url, str(local.path)) == of_folder
+    # What it fetched counts for a loader as well, so it was checked as strictly.
+    with pytest.raises(ValueError, match="is remote: give a cache folder on a local disk"):
+        MdsPictures(server.url)
 
 
 def test_server_killed_during_a_transfer_is_waited_for(local, server, tmp_path, caplog):
@@ -180,7 +203,7 @@ def test_process_killed_during_a_transfer_leaves_nothing_that_counts(local, serv
 
 
 @pytest.mark.parametrize("place", [40, -1, 3000])
-def test_shard_that_is_damaged_in_the_remote_never_reaches_the_cache(local, tmp_path, caplog, place):
+def test_shard_that_is_damaged_in_the_remote_never_reaches_the_cache(local, tmp_path, place):
     remote = tmp_path / "remote"
     for name, data in files_of(local.path).items():
         (remote / name).parent.mkdir(parents=True, exist_ok=True)
@@ -190,6 +213,8 @@ def test_shard_that_is_damaged_in_the_remote_never_reaches_the_cache(local, tmp_
     position = begin + place if place >= 0 else len(damaged) - 1
     damaged[position] ^= 1
     (remote / SHARD_2).write_bytes(damaged)
+    with pytest.raises(ValueError, match=rf"{SHARD_2} could not be fetched: .*, 3 times in a row"):
+        MdsPictures(f"file://{remote}", cache=tmp_path / "cache", retry=PATIENT)[8]
     store = PairStore.open(f"file://{remote}", cache=tmp_path / "cache", retry=PATIENT)
     with pytest.raises(ValueError, match=rf"{SHARD_2} could not be fetched: .*, 3 times in a row; copy that file"):
         store[8]

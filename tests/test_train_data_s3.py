@@ -8,9 +8,9 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
+from mining.remote_folder import RetryPolicy
 from tests.tar_shards import image_bytes, ingest, sample, write_tar
 from train.data.pair_store import PairStore
-from train.data.remote_folder import RetryPolicy
 
 SHARDS = range(3)
 PATIENT = RetryPolicy(patience_s=60, first_pause_s=0.2, longest_pause_s=0.5)

@@ -14,17 +14,14 @@ A folder:
     manifest.json      written last: counts, parameters, fingerprint, sizes of the files above
 
 The folder may lie in remote storage (s3://, gs://, sftp://, ...): then a cache folder holds what was fetched of it, the small
-files when the store is opened, each MDS file when a pair of it is first asked for (train.data.remote_folder).
+files when the store is opened, each MDS file when a pair of it is first asked for (mining.remote_folder).
 
 In: such a folder. Out: pairs by id, the ledger, and the groups of equal images and equal captions.
 """
 
-import itertools
 import json
-import mmap
 import operator
 import unicodedata
-import zlib
 from collections.abc import Callable
 from functools import partial
 from hashlib import sha256
@@ -36,18 +33,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mining.manifest import MANIFEST_NAME, read_manifest
-from train.data.remote_folder import RemoteFolder, RetryPolicy, is_remote
+from mining.mds_files import (
+    CHECKSUMS_NAME,
+    INDEX_NAME,
+    check_fetched_size,
+    check_is_json,
+    check_shard,
+    check_size,
+    open_remote,
+    sample_checksum,
+)
+from mining.remote_folder import RemoteFolder, RetryPolicy
 
 KIND = "PairStore"
 FORMAT_VERSION = 1
-INDEX_NAME = "index.json"
 LEDGER_NAME = "ledger.parquet"
 REJECTED_NAME = "rejected.parquet"
-CHECKSUMS_NAME = "checksums.npy"
 SHARDS_FOLDER = "shards"
-# streaming writes columns in the order of their names: pair_id is last and eight bytes wide, so every stored sample ends in it.
 MDS_COLUMNS = {"caption": "str", "image": "bytes", "key": "str", "pair_id": "int"}
-PAIR_ID_BYTES = 8
 REMEDY = "make it again with `python -m train.ingest --shards ... --out FOLDER`"
 
 
@@ -103,14 +106,14 @@ class PairStore:
         for name, size in manifest["files"].items():
             if remote:
                 remote.fetch(name, partial(check_fetched_size, size=size))
-            check_size(folder / name, size)
+            check_size(folder / name, size, REMEDY)
         index_path = folder / INDEX_NAME
         try:
             shard_infos = json.loads(index_path.read_text(encoding="utf-8"))["shards"]
             for info in shard_infos:
                 file = folder / info["raw_data"]["basename"]
                 if remote is None or file.exists():
-                    check_size(file, info["raw_data"]["bytes"])
+                    check_size(file, info["raw_data"]["bytes"], REMEDY)
             store = cls(folder, manifest, shard_infos, remote)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{index_path} is damaged ({error!r}); {REMEDY}") from error
@@ -208,19 +211,8 @@ class PairStore:
         return self._load("is_here", lambda: np.zeros(len(self.shard_infos), bool))
 
     def _check_shard(self, file: Path, shard: int) -> None:
-        """Raises ValueError unless `file` has the size, the pair ids and the checksums of this shard."""
-        info = self.shard_infos[shard]
-        check_fetched_size(file, info["raw_data"]["bytes"])
-        first_id, num_pairs = int(self._first_ids[shard]), info["samples"]
-        with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            # MDS: uint32 count, then count + 1 uint32 offsets.
-            offsets = np.frombuffer(data[4 : 8 + 4 * num_pairs], "<u4").tolist()
-            for pair_id, (begin, end) in enumerate(itertools.pairwise(offsets), first_id):
-                sample = data[begin:end]
-                if sample_checksum(sample) != self.checksums_N[pair_id]:
-                    raise ValueError(f"the checksum of pair_id {pair_id} differs in it")
-                if int.from_bytes(sample[-PAIR_ID_BYTES:], "little") != pair_id:
-                    raise ValueError(f"it holds another pair in the place of pair_id {pair_id}")
+        info, first_id = self.shard_infos[shard], int(self._first_ids[shard])
+        check_shard(file, info, first_id, self.checksums_N[first_id : first_id + info["samples"]])
 
     @property
     def ledger(self) -> pa.Table:
@@ -290,37 +282,3 @@ def normalise_caption(caption: str) -> str:
 def caption_hash(caption: str) -> str:
     """Hex sha256 of the normalised caption's UTF-8 bytes."""
     return sha256(normalise_caption(caption).encode()).hexdigest()
-
-
-def sample_checksum(data: bytes) -> int:
-    """CRC-32 of a stored sample without its last eight bytes, the pair_id, which ingest fills in afterwards."""
-    return zlib.crc32(memoryview(data)[:-PAIR_ID_BYTES])
-
-
-def check_size(path: Path, size: int) -> None:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; copy it back or {REMEDY}")
-    if path.stat().st_size != size:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, {size} were written; copy it again or {REMEDY}")
-
-
-def check_fetched_size(path: Path, size: int) -> None:
-    if path.stat().st_size != size:
-        raise ValueError(f"it has {path.stat().st_size} bytes, {size} were written")
-
-
-def check_is_json(path: Path) -> None:
-    json.loads(path.read_bytes())
-
-
-def open_remote(path: str | Path, cache: str | Path | None, retry: RetryPolicy | None) -> RemoteFolder | None:
-    """The remote folder of a URL, None for a local path. Raises ValueError when `cache` is missing or makes no sense."""
-    if not is_remote(path):
-        if cache:
-            raise ValueError(f"the store {path} is a local folder and needs no cache folder; leave {cache} out")
-        return None
-    if isinstance(path, Path):
-        raise ValueError(f"{path} was a URL and has become a path; give the store's place as text")
-    if not cache:
-        raise ValueError(f"the store {path} is remote: give a cache folder on a local disk (--data.cache FOLDER)")
-    return RemoteFolder(path, cache, retry)

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from train.data.pair_store import PAIR_ID_BYTES, SHARDS_FOLDER
+from mining.mds_files import PAIR_ID_BYTES
+from train.data.pair_store import SHARDS_FOLDER
 from train.ingest.plan import Plan
 from train.ingest.worker import REMEDY, fragment_folder, read_fragment
 

@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from train.data.pair_store import MDS_COLUMNS, PAIR_ID_BYTES
+from mining.mds_files import PAIR_ID_BYTES
+from train.data.pair_store import MDS_COLUMNS
 from train.ingest.decode import Pair
 from train.ingest.finish import describe_rejected, in_order_of_frequency
 from train.ingest.plan import Parameters

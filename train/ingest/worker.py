@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mining.manifest import commit_folder, read_manifest, write_manifest
-from train.data.pair_store import MDS_COLUMNS, REJECTED_NAME, caption_hash, sample_checksum
+from mining.mds_files import sample_checksum
+from train.data.pair_store import MDS_COLUMNS, REJECTED_NAME, caption_hash
 from train.ingest.decode import Pair
 from train.ingest.plan import Parameters
 from train.ingest.samples import Outcome, Report, Samples, open_samples, printable, reason_category

@@ -22,7 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mining.manifest import commit_folder
-from train.data.pair_store import CHECKSUMS_NAME, INDEX_NAME, LEDGER_NAME, PAIR_ID_BYTES, SHARDS_FOLDER, PairStore
+from mining.mds_files import PAIR_ID_BYTES
+from train.data.pair_store import CHECKSUMS_NAME, INDEX_NAME, LEDGER_NAME, SHARDS_FOLDER, PairStore
 from train.ingest.finish import CHECKSUM_TYPE, ROWS_PER_GROUP, GroupedWriter
 from train.ingest.worker import LEDGER_SCHEMA
 
