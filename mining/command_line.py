@@ -19,6 +19,9 @@ import tyro
 USER_ERROR_EXIT_CODE = 2
 # The launcher looks at its processes once a second; on a machine that is short of cores rank 0 comes seconds later.
 LAUNCHER_GRACE_S = 10.0
+# Notes on an error of one of several ranks that talk to each other (train.supervisor): then exactly one of them says it, and at once.
+FIRST_TO_FAIL = "the first rank that failed"
+NOT_FIRST = "another rank failed first"
 
 Config = TypeVar("Config")
 
@@ -111,7 +114,10 @@ def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None =
         main(without_launcher_flags(sys.argv[1:] if arguments is None else arguments))
     except (ValueError, FileNotFoundError) as error:
         rank = int(os.environ.get("RANK", 0))
-        if rank:
+        notes = getattr(error, "__notes__", [])
+        if NOT_FIRST in notes:
+            sys.exit(USER_ERROR_EXIT_CODE)
+        if rank and FIRST_TO_FAIL not in notes:
             # A mistake is mostly everybody's: the launcher ends this process while it waits, rank 0's line stands alone.
             time.sleep(LAUNCHER_GRACE_S)
         whose = f"error (rank {rank}): " if rank else "error: "

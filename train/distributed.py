@@ -6,6 +6,7 @@ Launched by `deepspeed`, `torchrun` or `srun`, the environment says where to mee
 import datetime
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,6 +109,29 @@ def from_main(value: int) -> int:
     number = torch.tensor([value], dtype=torch.int64, device=_collective_device())
     dist.broadcast(number, src=0)
     return int(number.item())
+
+
+def meeting_address(ranks: Ranks, *, listens: bool = True) -> tuple[str, socket.socket | None]:
+    """Where rank 0 can be reached by all ranks, and, when this rank `listens` there, a socket of a port that is free."""
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    if "MASTER_ADDR" not in os.environ or local_size == ranks.world_size:
+        return "127.0.0.1", socket.create_server(("127.0.0.1", 0), backlog=1024) if listens else None
+    address = os.environ["MASTER_ADDR"]
+    if not listens:
+        return address, None
+    if socket.has_dualstack_ipv6():
+        return address, socket.create_server(("", 0), family=socket.AF_INET6, backlog=4096, dualstack_ipv6=True)
+    return address, socket.create_server(("", 0), backlog=4096)
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Does the error say no more than that another rank is gone?"""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        word in text for word in ("gloo", "NCCL", "Connection closed by peer")
+    )
 
 
 def world_group() -> dist.ProcessGroup:
