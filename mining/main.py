@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from mining.command_line import nearest, parse, run
+from mining.command_line import nearest, parse
+from mining.stopping import run_stoppable
 
 if TYPE_CHECKING:
     from mining.pair_table import PairTable
@@ -347,4 +348,4 @@ def run_gallery(config: Gallery) -> None:
 
 
 if __name__ == "__main__":
-    run(main, sys.argv[1:])
+    run_stoppable(main, sys.argv[1:])

@@ -160,7 +160,7 @@ class _Hearing:
                 if number in STOP_SIGNALS:
                     self.on_stop(signal.Signals(number).name)
             # The innermost answers; signals go to it anyway.
-            if not told and self is _heard[-1] and self.launcher_is_gone():
+            if not told and _heard[-1:] == [self] and self.launcher_is_gone():
                 told = True
                 self.on_stop("the launcher is gone")
 

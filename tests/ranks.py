@@ -55,22 +55,13 @@ def _run_rank(
     backend: str,
     environment: dict[str, str],
 ) -> None:
-    import torch
     import torch.distributed
 
     # The server's environment is that of the first call; this call's counts.
     os.environ.clear()
     os.environ.update(environment)
-    # Several ranks share the test machine's few cores.
-    torch.set_num_threads(1)
     try:
-        torch.distributed.init_process_group(
-            backend,
-            init_method=f"file://{folder}/rendezvous",
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=timeout_s),
-        )
+        join_group(rank, world_size, folder, timeout_s, backend)
         result = pickle.dumps(function(rank, world_size, *args))
     except Exception:
         # Only passed on: the parent shows the text, and learns of the failure by the exit code that raising gives.
@@ -80,6 +71,22 @@ def _run_rank(
     # The group goes away only when every rank is done with it.
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def join_group(rank: int, world_size: int, folder: str | Path, timeout_s: float = 120.0, backend: str = "gloo") -> None:
+    """Make this process a rank of the group that meets in `folder`."""
+    import torch
+    import torch.distributed
+
+    # Several ranks share the test machine's few cores.
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        backend,
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
 
 
 def _wait(processes: Sequence[Any], folder: Path, deadline: float) -> None:

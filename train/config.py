@@ -207,6 +207,9 @@ class TrainConfig:
     """also keep the checkpoints of steps that this divides, for good; 0: none"""
     max_skipped_steps: int = 10
     """stop after so many steps in a row whose loss is not finite"""
+    hang_timeout_s: float = 900.0
+    """end the job (exit code 86) when a rank makes no progress for so long, and say which, where, and what it reads; longer than the
+    longest step, checkpoint or wait for a remote store"""
 
     def check(self) -> None:
         """Raises ValueError for a missing or senseless value, naming its flag."""
@@ -227,6 +230,8 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.keep_every_steps < 0:
             raise ValueError(f"keep_every_steps={self.keep_every_steps} must be 0 (keep none for good) or more")
+        if not self.hang_timeout_s > 0:
+            raise ValueError(f"hang_timeout_s={self.hang_timeout_s} must be positive seconds")
         if self.micro_batch_size < 0 or self.micro_batch_size == 1:
             raise ValueError(f"micro_batch_size={self.micro_batch_size} must be 0 (all pairs of a rank) or 2 and more")
         if self.loss.margin_weight and not self.data.hard_per_anchor:

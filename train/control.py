@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mining.stopping import EXIT_STOPPED
-from train.watchdog import EXIT_HANG, Place, hang_report
+from train.watchdog import EXIT_HANG, Place, beat_pause_s, hang_report
 
 SEND_TIMEOUT_S = 5.0
 TICK_S = 0.25
@@ -205,8 +205,8 @@ class Hub:
             if peer.rank == self.verdict.rank:
                 self.leave_at_s = 0.0
             return
-        where = f" in {peer.place}" if peer.place else ""
-        text = f"{peer} is gone without a word{where}: killed, or out of memory? Its node's kernel log tells"
+        where = f", last seen in {peer.place}" if peer.place else ""
+        text = f"{peer} is gone without a word{where}; killed, or out of memory? Its node's kernel log tells"
         self._decide(Failure(peer.rank, 1, text, is_said=False))
 
     def _look_around(self, now_s: float) -> None:
@@ -244,7 +244,3 @@ class Hub:
         for peer in self.peers.values():
             if not peer.has_left:
                 peer.line.send(kind, **message)
-
-
-def beat_pause_s(hang_timeout_s: float) -> float:
-    return min(5.0, hang_timeout_s / 8)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mining.command_line import parse, run
+from mining.command_line import parse
+from mining.stopping import run_stoppable
 from train.data.pair_store import PairStore
 
 PROGRAM = "train.embed"
@@ -39,12 +40,16 @@ class EmbedConfig:
     """auto takes the GPUs when there are any"""
     threads: int = 0
     """CPU threads of each rank; 0 leaves the choice to torch"""
+    hang_timeout_s: float = 900.0
+    """end the job (exit code 86) when no rank makes progress for so long"""
 
 
 def main(arguments: Sequence[str]) -> None:
     config = parse(EmbedConfig, program=PROGRAM, description="Embed every pair of a PairStore.", arguments=arguments)
     if config.batch_size < 1:
         raise ValueError(f"batch_size={config.batch_size} must be at least 1")
+    if not config.hang_timeout_s > 0:
+        raise ValueError(f"hang_timeout_s={config.hang_timeout_s} must be positive seconds")
     if not Path(config.checkpoint).is_dir():
         raise ValueError(
             f"{config.checkpoint} is no folder; --checkpoint takes a run, one of its checkpoints or an export"
@@ -53,10 +58,12 @@ def main(arguments: Sequence[str]) -> None:
     # Imported here: torch and open_clip take seconds, which a mistake in a flag need not wait for.
     from train.distributed import connected
     from train.embedding import embed
+    from train.phases import Phases
+    from train.supervisor import supervised
 
-    with connected(config.device) as ranks:
-        embed(config, store, ranks)
+    with connected(config.device) as ranks, supervised(ranks, Phases(), config.hang_timeout_s, saves=False) as watched:
+        embed(config, store, ranks, watched.phases)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_stoppable(main)

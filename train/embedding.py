@@ -19,10 +19,12 @@ from tqdm import tqdm
 
 from mining import EmbeddingStore
 from mining.embedding_store import EmbeddingWriter
+from mining.stopping import end_with_parent
 from train.data.pair_store import PairStore
 from train.distributed import Ranks, barrier
 from train.embed import EmbedConfig
 from train.model import LoadedModel, attention_for, load_model
+from train.phases import Phases
 
 ROWS_COPIED = 65536
 PAIRS_COMPARED = 32
@@ -48,8 +50,9 @@ class BlockDataset(Dataset[tuple[int, torch.Tensor, torch.Tensor]]):
         return self.blocks[index].start, images, self.tokenizer([sample.caption for sample in samples])
 
 
-def embed(config: EmbedConfig, store: PairStore, ranks: Ranks) -> None:
-    """Write the EmbeddingStore. Collective: every rank calls."""
+def embed(config: EmbedConfig, store: PairStore, ranks: Ranks, phases: Phases | None = None) -> None:
+    """Write the EmbeddingStore; `phases` hears block by block where this rank is. Collective: every rank calls."""
+    phases = phases or Phases()
     if config.threads:
         torch.set_num_threads(config.threads)
     loaded = load_model(config.checkpoint, ranks.device)
@@ -84,7 +87,9 @@ def embed(config: EmbedConfig, store: PairStore, ranks: Ranks) -> None:
         file=sys.stderr,
         disable=not ranks.is_main,
     )
-    for start, images, tokens in DataLoader(dataset, batch_size=None, num_workers=config.workers):
+    loader = DataLoader(dataset, batch_size=None, num_workers=config.workers, worker_init_fn=end_with_parent)
+    for block, (start, images, tokens) in enumerate(loader, start=1):
+        phases.begin_step(block)
         image_BD, text_BD = features(loaded, images.to(ranks.device), tokens.to(ranks.device))
         writer.write_rows(
             start, image_BD, text_BD, (image_BD * text_BD).sum(1) if image_BD.shape == text_BD.shape else None

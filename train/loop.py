@@ -19,6 +19,7 @@ import torch
 from train.checkpoint import CheckpointSaver, find_checkpoint, restore, step_folder
 from train.config import TrainConfig
 from train.data.loader import RankBatch, StepDataset, step_loader
+from train.data.reading import ReadingNotes
 from train.data.replaced import ReplacedPictures
 from train.data.shard_index import local_tars, prepare_index
 from train.data.tar_stream import TarStream
@@ -34,6 +35,7 @@ from train.phases import CHECKPOINT, DATA, LOGGING, LOSS, Phases
 from train.run_manifest import write_run_manifest
 from train.schedule import learning_rate
 from train.skipped import SkippedSteps
+from train.supervisor import Stopped, Supervisor, supervised
 
 
 def train(config: TrainConfig, recipe: str, ranks: Ranks, stop_after: int = 0) -> Path:
@@ -42,9 +44,14 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks, stop_after: int = 0) -
     stop_after: end after so many steps of the same schedule; 0: the last one.
 
     Raises ValueError for what a user can mend (paths, sizes, a run folder of other settings), RuntimeError when loss or gradients stay
-    non-finite.
+    non-finite, Stopped when told to stop: then the last step is saved.
     """
-    run, phases = Path(config.out), Phases(ranks.device)
+    with supervised(ranks, Phases(ranks.device), config.hang_timeout_s) as supervisor:
+        return _train(config, recipe, ranks, supervisor, stop_after)
+
+
+def _train(config: TrainConfig, recipe: str, ranks: Ranks, supervisor: Supervisor, stop_after: int) -> Path:
+    run, phases = Path(config.out), supervisor.phases
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -106,6 +113,10 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks, stop_after: int = 0) -
 
     clock, replaced = StepClock(phases, ranks.world_size, ranks.device, cost), ReplacedPictures(run, ranks.rank)
     skipped = SkippedSteps(run, ranks.rank, config.max_skipped_steps, first_step)
+    dataset.notes = ReadingNotes(config.data.workers)
+    supervisor.reading = dataset.notes.now
+    if first_step < last_step and supervisor.stops_after(first_step):
+        raise Stopped
     batches = step_loader(
         dataset,
         start_step=first_step,
@@ -113,7 +124,7 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks, stop_after: int = 0) -
         workers=config.data.workers,
         pin_memory=ranks.device.type == "cuda",
     )
-    for done, batch in enumerate(timed(batches, phases, first_step + 1), start=first_step + 1):
+    for done, batch in enumerate(timed(batches, phases, first_step + 1, last_step), start=first_step + 1):
         rate = learning_rate(config.optim, done - 1, num_steps)
         outcome = train_step(engine, config, batch, rate)
         if outcome.not_finite:
@@ -135,10 +146,16 @@ def train(config: TrainConfig, recipe: str, ranks: Ranks, stop_after: int = 0) -
                     }
                 )
         saver.check()
-        if done % config.save_every_steps == 0 or done == last_step:
+        stops = done < last_step and supervisor.stops_after(done)
+        if done % config.save_every_steps == 0 or done == last_step or stops:
             with phases(CHECKPOINT):
                 saver.save(done)
         log.step_done()
+        if stops:
+            saver.wait()
+            log.say(f"stopped after step {done}, which is saved ({supervisor.reason}); the same command goes on")
+            log.close()
+            raise Stopped
 
     saver.wait()
     log.close()
@@ -206,12 +223,17 @@ def what_is_not_finite(terms: Terms) -> str:
     return "gradient" if math.isfinite(terms.loss.item()) else "loss"
 
 
-def timed(batches: Iterator[RankBatch], phases: Phases, first_step: int) -> Iterator[RankBatch]:
-    """Pass the batches on, the first of them as `first_step`, and book the wait for each."""
+def timed(batches: Iterator[RankBatch], phases: Phases, first_step: int, last_step: int) -> Iterator[RankBatch]:
+    """Pass the batches on, the first of them as `first_step`, and book the wait for each.
+
+    Raises RuntimeError when they end before `last_step`: the other ranks would wait for this one for ever.
+    """
     for step in itertools.count(first_step):
         phases.begin_step(step)
         with phases(DATA):
             batch = next(batches, None)
+        if batch is None and step <= last_step:
+            raise RuntimeError(f"the data of this rank end before step {step}, the run has {last_step}")
         if batch is None:
             return
         yield batch
@@ -260,6 +282,7 @@ FREE_FIELDS = {
     "keep_every_steps",
     "micro_batch_size",
     "max_skipped_steps",
+    "hang_timeout_s",
 }
 
 

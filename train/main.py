@@ -14,7 +14,8 @@ sys.path[:] = [ROOT, *(entry for entry in sys.path if Path(entry or ".").resolve
 # DeepSpeed's launcher says LOCAL_SIZE, MosaicML Streaming reads LOCAL_WORLD_SIZE when it is imported (streaming issue 717).
 os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
 
-from mining.command_line import nearest, parse, run
+from mining.command_line import nearest, parse
+from mining.stopping import run_stoppable
 from train.config import TrainConfig
 from train.data.pair_store import PairStore
 from train.ds_config import read_ds_config
@@ -72,4 +73,4 @@ def parse_config(recipe: str, arguments: Sequence[str]) -> TrainConfig:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_stoppable(main)

@@ -18,10 +18,10 @@ from typing import Any
 
 from mining.command_line import FIRST_TO_FAIL, NOT_FIRST
 from mining.stopping import EXIT_STOPPED, hearing_stop, keep_in_children, undo_in_children
-from train.control import LAST_WORDS_S, Hub, Line, beat_pause_s
-from train.distributed import Ranks, barrier, is_lost_connection, meeting_address, XX
+from train.control import LAST_WORDS_S, Hub, Line
+from train.distributed import Ranks, barrier, from_main, is_lost_connection, meeting_address
 from train.phases import Phases
-from train.watchdog import EXIT_HANG
+from train.watchdog import EXIT_HANG, beat_pause_s
 
 MISTAKES = (ValueError, FileNotFoundError)
 
@@ -147,6 +147,7 @@ class Supervisor:
 
     def _listen(self) -> None:
         pause_s, hub_is_there = beat_pause_s(self.hang_timeout_s), True
+        self._beat()
         while hub_is_there:
             ready = select.select([self.line.socket, self._closing], [], [], pause_s)[0]
             if self._closing in ready:
@@ -210,7 +211,7 @@ class Supervisor:
         if self._is_leaving:
             return
         if self._verdict is None:
-            self._say("rank 0 is gone without a word: killed, or out of memory? Its node's kernel log tells")
+            self._say("rank 0 is gone without a word; killed, or out of memory? Its node's kernel log tells")
         os._exit(self._verdict["code"] if self._verdict else 1)
 
     def _say(self, text: str) -> None:

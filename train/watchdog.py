@@ -39,10 +39,16 @@ class HangReport:
     """ranks that give no sign of life and can't end by themselves"""
 
 
+def beat_pause_s(hang_timeout_s: float) -> float:
+    """Seconds between two signs of life."""
+    return min(2.0, hang_timeout_s / 8)
+
+
 def hang_report(places: Mapping[str, tuple[Place | None, float]], hang_timeout_s: float) -> HangReport | None:
     """None while all is well. `places`: for each rank its last word and the seconds since then.
 
-    A rank that still starts up may take its time; silence counts from the first moment.
+    A rank that still starts up may take its time, and one may wait for others as long as any of them moves on; silence counts from the
+    first moment.
     """
     stuck = {
         name: place.for_s + ago_s
@@ -50,10 +56,11 @@ def hang_report(places: Mapping[str, tuple[Place | None, float]], hang_timeout_s
         if place is not None and place.phase != START and place.for_s + ago_s > hang_timeout_s
     }
     silent = [name for name, (_, ago_s) in places.items() if ago_s > hang_timeout_s]
-    if not stuck and not silent:
+    moves = [place for place, _ in places.values() if place is not None and place.phase != START]
+    if not silent and (not stuck or len(stuck) < len(moves)):
         return None
-    pause_s = min(5.0, hang_timeout_s / 8)
-    silent = [name for name, (_, ago_s) in places.items() if ago_s > SILENT_BEATS * pause_s]
+    silent_s = SILENT_BEATS * beat_pause_s(hang_timeout_s)
+    silent = [name for name, (_, ago_s) in places.items() if ago_s > silent_s]
     culprits = silent or waited_for({name: place for name, (place, _) in places.items() if place is not None})
     lines = [
         f"hang: no progress for {max([*stuck.values(), *(places[name][1] for name in silent)]):.0f} s, the job ends"

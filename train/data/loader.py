@@ -15,10 +15,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mining import PairTable
+from mining.stopping import end_with_parent
 from train.config import AugmentConfig, DataConfig
 from train.data.augment import augment_image, draw_seed, sample_phrases
 from train.data.pair_store import PairStore
 from train.data.plan import EpochPlan, conflict_groups
+from train.data.reading import ReadingNotes
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class StepDataset(Dataset[RankBatch]):
         self.store = PairStore.open(config.store, cache=config.cache or None)
         self.table = open_pair_table(config, self.store)
         self.image_size = image_size
+        self.notes = ReadingNotes(0)
         self.conflict_group_N = (
             conflict_groups(self.store.caption_group_N, self.store.image_group_N)
             if config.keep_duplicates_apart
@@ -83,12 +86,14 @@ class StepDataset(Dataset[RankBatch]):
             self.plan = self._plan_epoch(epoch)
         batch = self.plan.batch(step_of_epoch)
         pair_ids = batch.rank_slice(self.rank, self.world_size).ravel()
+        self.notes.note(f"the shards of step {step + 1}")
         self.store.prefetch(pair_ids)
         images, captions = [], []
         for pair_id in pair_ids.tolist():
             image, caption = self._load(step, pair_id)
             images.append(image)
             captions.append(caption)
+        self.notes.note("")
         return RankBatch(
             stack_images(images),
             self.tokenizer(captions),
@@ -112,6 +117,7 @@ class StepDataset(Dataset[RankBatch]):
         }
 
     def _load(self, step: int, pair_id: int) -> tuple[torch.Tensor, str]:
+        self.notes.note(self.store.place_of(pair_id))
         sample = self.store[pair_id]
         seed = draw_seed(self.seed, step, pair_id)
         try:
@@ -188,6 +194,7 @@ def step_loader(
         pin_memory=pin_memory,
         prefetch_factor=2 if workers else None,
         persistent_workers=False,
+        worker_init_fn=end_with_parent,
         # Without one it draws from torch's own generator, and dropout after a restart would not be what it was without.
         generator=torch.Generator(),
     )

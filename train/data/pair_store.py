@@ -185,6 +185,10 @@ class PairStore:
         """Where the file of a shard lies, or will once it is fetched."""
         return self.path / self.shard_infos[shard]["raw_data"]["basename"]
 
+    def place_of(self, pair_id: int) -> str:
+        """The file that holds a pair, for messages."""
+        return str(self.shard_file(self._shard_of(pair_id)))
+
     def _shard_of(self, pair_id: int) -> int:
         return int(np.searchsorted(self._first_ids, pair_id, side="right")) - 1
 

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from train.config import AugmentConfig, DataConfig
 from train.data.augment import augment_picture, draw_seed, rgb, sample_phrases
 from train.data.loader import RankBatch, stack_images
+from train.data.reading import ReadingNotes
 from train.data.shard_index import ShardIndex
 from train.data.stream_order import StreamOrder
 from train.data.tar_files import TarFiles, damaged
@@ -56,7 +57,7 @@ class TarStream(Dataset[RankBatch]):
         self.index, self.config, self.augment, self.tokenizer = index, config, augment, tokenizer
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.image_size = image_size
-        self.files = TarFiles(index)
+        self.files, self.notes = TarFiles(index), ReadingNotes(0)
         self.order = self._order(0)
         self.steps_per_epoch = self.order.num_steps
         smallest = len(index) // self.steps_per_epoch
@@ -77,6 +78,7 @@ class TarStream(Dataset[RankBatch]):
             image, caption, ids_B[row] = self._load(step, sample_id, undecodable)
             images.append(image)
             captions.append(caption)
+        self.notes.note("")
         return RankBatch(
             stack_images(images),
             self.tokenizer(captions),
@@ -108,6 +110,7 @@ class TarStream(Dataset[RankBatch]):
         """Picture, caption and id of the sample, or of the next one whose picture can be decoded."""
         for tried in range(MAX_UNDECODABLE_IN_A_ROW):
             candidate = (sample_id + tried) % len(self.index)
+            self.notes.note(self.index.shards[self.index.shard_number(candidate)].path)
             data, caption = self.files.read(candidate)
             try:
                 picture = decode(data)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from mining.command_line import parse, run
+from mining.command_line import parse
+from mining.stopping import run_stoppable
 from train.evaluate.data import read_class_names
 from train.evaluate.features import Encoder
 from train.evaluate.measure import evaluate
@@ -136,4 +137,4 @@ def device_of(name: str) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_stoppable(main)
