@@ -83,7 +83,13 @@ def end_process(code: int) -> NoReturn:
 
 
 def end_with_parent(_worker: int = 0) -> None:
-    """Let the kernel kill this process when its parent ends: for data workers, as DataLoader's worker_init_fn."""
+    """Let the kernel kill this process when its parent ends, and nobody else stop it: for data workers, as DataLoader's worker_init_fn.
+
+    Launchers and Slurm signal every process of a job, and a rank without its workers can't get to its next step.
+    """
+    for number in STOP_SIGNALS:
+        # torch has put a handler there, which lets the signal kill.
+        signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -191,6 +191,8 @@ def step_loader(
         batch_size=None,
         sampler=range(start_step, stop_step),
         num_workers=workers,
+        # Forked workers share the reading notes and have all imports already.
+        multiprocessing_context="fork" if workers else None,
         pin_memory=pin_memory,
         prefetch_factor=2 if workers else None,
         persistent_workers=False,
