@@ -51,6 +51,14 @@ class Site:
     def submit(self, *arguments: object, **settings: str) -> str:
         return self.call("submit.sh", *arguments, **settings).strip()
 
+    def waited_output(self, number: str, pattern: str) -> str:
+        """The first group of the first match in the job's output, waited for."""
+        deadline = time.monotonic() + 60
+        while not (found := re.search(pattern, self.output(number))):
+            assert time.monotonic() < deadline, self.output(number)
+            time.sleep(0.2)
+        return found[1]
+
     def output(self, number: str) -> str:
         paths = list(self.logs.glob(f"*-{number}.out"))
         return paths[0].read_text(errors="replace").replace("\r", "\n") if paths else ""
@@ -87,13 +95,11 @@ def test_a_preempted_job_of_two_nodes_goes_on_by_requeue_to_the_end(site, store,
     assert site.cluster.job(number)["NodeList"] == "n[1-2]"
     # As `--signal` does before the time limit: the ranks hear it, save, and the job script asks for the requeue.
     site.cluster.run("scancel", "--signal=USR1", number)
-    site.cluster.wait_for_state(number, {"PENDING"})
-    first = int(re.findall(r"stopped after step (\d+), which is saved \(SIGUSR1 at rank", site.output(number))[0])
+    first = int(site.waited_output(number, r"stopped after step (\d+), which is saved \(SIGUSR1 at rank"))
     wait_for_step(site, number, run, first + 2)
     # As the scheduler does for a job of higher priority: SIGTERM to all processes, and back to the queue.
     site.cluster.run("scontrol", "requeue", number)
-    site.cluster.wait_for_state(number, {"PENDING"})
-    second = int(re.findall(r"stopped after step (\d+), which is saved \(SIGTERM at rank", site.output(number))[0])
+    second = int(site.waited_output(number, r"stopped after step (\d+), which is saved \(SIGTERM at rank"))
     assert 3 <= first < second < whole
     job = site.cluster.wait_for_state(number, ENDED)
     output = site.output(number)
@@ -108,13 +114,12 @@ def test_a_task_that_is_killed_fails_the_job_within_seconds_and_is_named(site, s
     run = tmp_path / "run"
     number = site.submit("pretrain", *pretraining(store, run, max_steps=1000))
     wait_for_step(site, number, run, 2)
-    task = site.cluster.run("scontrol", "listpids", number, "n2", check=False)
     pids = site.cluster.run("pgrep", "-f", f"python -u train/main.py.*--out {run} ").stdout.split()
     victim = next(pid for pid in pids if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
     began = time.monotonic()
     site.cluster.run("kill", "-KILL", victim)
     job = site.cluster.wait_for_state(number, ENDED, seconds=60)
-    assert time.monotonic() - began < 60, task
+    assert time.monotonic() - began < 60
     assert job["JobState"] == "FAILED"
     assert job["ExitCode"] != "0:0"
     assert "is gone without a word, last seen in" in site.output(number)
