@@ -86,8 +86,8 @@ def test_a_data_worker_that_blocks_is_reported_with_its_shard_and_ends_the_job(t
     wait_for_step(run, 2, lambda: all(process.is_alive() for process in ranks))
     # A named pipe that nobody writes to: the next open of this shard does not return.
     shard = store.shard_file(0)
-    shard.unlink()
-    os.mkfifo(shard)
+    os.mkfifo(tmp_path / "pipe")
+    os.replace(tmp_path / "pipe", shard)
     for process in ranks:
         process.join(90)
     codes = [process.exitcode for process in ranks]
