@@ -18,6 +18,7 @@ from mining.embedding_store import EmbeddingStore
 from mining.pair_table import PairTable
 from mining.problem import NO_PAIR, SearchBackend, SearchLimits, SearchProblem, TopK
 from mining.pruning import Pruning
+from mining.reordered import REORDERED_FROM
 from mining.rows import read_rows
 from mining.similarity import exact_cosines
 from mining.top_k import RunningTopK
@@ -110,6 +111,11 @@ def may_gain(known: TopK, found: TopK) -> np.ndarray:
 def parameters_of_exact_table(old: PairTable) -> tuple[SearchLimits, Pruning, float]:
     """Limits, pruning and noise_alignment_quantile of a table; ValueError when it is not exact or says not how it was made."""
     given = old.manifest["parameters"]
+    if REORDERED_FROM in given:
+        raise ValueError(
+            f"{old.path} is of a reordered store, whose ids would not stay as they are when it grows: append to the table that it came "
+            f"from (fingerprint {given[REORDERED_FROM][:12]}), with the store before it was reordered, then run train.reorder on the result"
+        )
     if given.get("ranking") != "exact":
         raise ValueError(
             f"{old.path} is not exact (ranking {given.get('ranking', 'unknown')!r}): what it lacks cannot be added; search "

@@ -129,7 +129,8 @@ class Verify:
 
     Checks ids, order, cosines, exclusions, counts and noise marks of rows drawn at random, by another path than the search; marks
     of false negatives and what is left of those rows; every hub over its cap; rows of excluded.parquet drawn at random. Rows that
-    are not certified may lack hard pairs: those are counted, not an error.
+    are not certified may lack hard pairs: those are counted, not an error. A table from train.reorder is checked against the
+    embeddings of the store before it was reordered, under the ids that the pairs had there.
 
     Example: python -m mining.main verify --pairs pairs/a --embeddings embeddings/a --sample 10000
     """

@@ -4,6 +4,7 @@ Shape letters: N pairs, K neighbours, C causes of exclusion (`mining.duplicates.
 rank reads only the rows it needs and all ranks of a node share the page cache.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,11 +125,12 @@ def pair_table_writer(
     store_fingerprint: str,
     embeddings_fingerprint: str,
     parameters: dict[str, Any],
+    more: Mapping[str, ArraySpec] | None = None,
     resume: bool = True,
 ) -> ArrayFolderWriter:
     """Writer of a PairTable by blocks of rows, resuming one with the same parameters.
 
-    Its arrays are those of `array_specs`, or the ranked lists where `parameters` ask for pruning (`mining.pruning`).
+    Its arrays are those of `array_specs`, or the ranked lists where `parameters` ask for pruning (`mining.pruning`), and `more`.
     """
     if k < 1:
         raise ValueError(f"k={k}, but a PairTable keeps at least 1 hard pair a row")
@@ -139,7 +141,7 @@ def pair_table_writer(
         "parameters": parameters,
         "causes": list(CAUSES),
     }
-    specs = Pruning.of(parameters).searched_specs(array_specs(num_pairs, k))
+    specs = {**Pruning.of(parameters).searched_specs(array_specs(num_pairs, k)), **(more or {})}
     return ArrayFolderWriter(path, KIND, VERSION, num_pairs, specs, fields=fields, resume=resume)
 
 

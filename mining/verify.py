@@ -19,6 +19,7 @@ from tqdm import tqdm
 from mining.embedding_store import EmbeddingStore
 from mining.pair_table import PairTable
 from mining.problem import CAUSES, NO_PAIR
+from mining.reordered import in_old_ids, is_reordered
 from mining.rows import read_rows
 from mining.verify_left_out import check_hubs, check_ledger, pruning_mistakes
 
@@ -104,11 +105,14 @@ def verify_table(
 ) -> VerifyReport:
     """Check `sample` rows of `table`, drawn from `seed`, all when it has no more.
 
-    Raises ValueError when the table was made from other embeddings, when its ranking is not the definition's
-    (--helip-compat), or when sample < 1.
+    A reordered table is compared with the embeddings of the table that it came from, under their ids. Raises ValueError when the
+    table was made from other embeddings, when its ranking is not the definition's (--helip-compat), when sample < 1, and as
+    `mining.reordered.in_old_ids`.
     """
     if sample < 1:
         raise ValueError(f"sample={sample}, but a check needs at least 1 row")
+    if is_reordered(table):
+        table = in_old_ids(table, store.fingerprint)
     if table.manifest["embeddings_fingerprint"] != store.fingerprint:
         raise ValueError(
             f"{table.path} was made from embeddings of fingerprint {table.manifest['embeddings_fingerprint'][:12]!r}, "

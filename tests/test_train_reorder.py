@@ -9,15 +9,19 @@ import numpy as np
 import pytest
 
 import train.reorder.__main__ as program
-from mining import PairTable
+from mining import EmbeddingStore, PairTable
 from mining.command_line import run
+from mining.problem import SearchLimits
+from mining.pruning import Pruning
+from mining.search import append_pairs, search_pairs
+from mining.verify import verify_table
 from tests.tar_shards import image_bytes, ingest, sample, wait_until, write_tar
 from train.config import DataConfig
 from train.data.loader import open_pair_table
 from train.data.pair_store import PairStore
 from train.reorder import rewrite
 from train.reorder.graph_order import Links, graph_order, propagate_labels
-from train.reorder.pair_lists import share_in_stretch
+from train.reorder.pair_lists import renumber_table, share_in_stretch
 
 NUM_GROUPS, GROUP_SIZE = 12, 5
 NUM_PAIRS = NUM_GROUPS * GROUP_SIZE
@@ -170,6 +174,75 @@ def test_reordered_table_lists_the_same_pairs_by_key_and_fits_the_store(world, r
         np.testing.assert_array_equal(getattr(new, name), getattr(old, name)[rows])
     assert new.manifest["embeddings_fingerprint"] != old.manifest["embeddings_fingerprint"]
     new.verify_contents()
+
+
+@pytest.fixture(scope="module")
+def searched(world):
+    """Embeddings of the store in which ties and duplicates abound, a search of them, and the store reordered by that."""
+    rng = np.random.default_rng(3)
+    embeddings = EmbeddingStore.write(
+        world / "embeddings",
+        *(rng.choice([-0.5, 0.5], (NUM_PAIRS, 4)) for _ in range(2)),
+        alignment_N=rng.random(NUM_PAIRS),
+        caption_group_N=rng.integers(0, 20, NUM_PAIRS),
+        store_fingerprint=PairStore.open(world / "store").fingerprint,
+    )
+    search_pairs(embeddings, world / "searched", SearchLimits(k=4), noise_alignment_quantile=0.1)
+    program.main(
+        [f"--{name}={world / place}" for name, place in (("store", "store"), ("pairs", "searched"), ("out", "so"))]
+    )
+    return embeddings, PairTable.open(world / "so/pairs")
+
+
+def test_reordered_table_is_verified_against_the_embeddings_it_came_from(searched, world):
+    embeddings, table = searched
+    report = verify_table(table, embeddings, sample=NUM_PAIRS)
+    assert (report.num_rows, report.num_wrong, report.num_tied, report.num_uncertified) == (NUM_PAIRS, 0, 0, 0)
+    assert report.is_correct
+    other = EmbeddingStore.write(world / "other", *(np.eye(NUM_PAIRS) for _ in range(2)))
+    with pytest.raises(
+        ValueError, match="is of a reordered store: give the embeddings that the table was searched from"
+    ):
+        verify_table(table, other, sample=10)
+
+
+@pytest.mark.parametrize("array", ["pair_ids", "image_similarity", "noise", "excluded_example", "old_ids"])
+def test_mistakes_in_a_reordered_table_are_found(searched, tmp_path, array):
+    embeddings, table = searched
+    shutil.copytree(table.path, tmp_path / "pairs")
+    values = np.load(tmp_path / f"pairs/{array}.npy", mmap_mode="r+")
+    if array == "old_ids":
+        values[[3, 8]] = values[[8, 3]]
+    elif array == "noise":
+        values[5] = ~values[5]
+    else:
+        column = (slice(None), 1) if values.ndim == 2 else slice(None)
+        values[column] = np.roll(values[column], 1)
+    values.flush()
+    damaged = PairTable.open(tmp_path / "pairs")
+    if array == "old_ids":
+        with pytest.raises(ValueError, match="give the embeddings that the table was searched from"):
+            verify_table(damaged, embeddings, sample=NUM_PAIRS)
+        values[3] = values[8]
+        values.flush()
+        with pytest.raises(ValueError, match=r"old_ids\.npy does not hold every id once"):
+            verify_table(PairTable.open(tmp_path / "pairs"), embeddings, sample=NUM_PAIRS)
+    else:
+        assert not verify_table(damaged, embeddings, sample=NUM_PAIRS).is_correct
+
+
+def test_reordered_table_says_where_to_append_and_what_it_cannot_verify(searched, world, tmp_path):
+    embeddings, table = searched
+    with pytest.raises(
+        ValueError, match=r"append to the table that it came from .*, then run train\.reorder on the result"
+    ):
+        append_pairs(table, embeddings, tmp_path / "grown")
+    capped = search_pairs(embeddings, tmp_path / "capped", SearchLimits(k=4), pruning=Pruning(hub_cap=2))
+    without = renumber_table(capped, np.arange(NUM_PAIRS)[::-1].copy(), tmp_path / "r", store_fingerprint="x")
+    with pytest.raises(
+        ValueError, match=rf"keeps no ranked lists.*verify the table it came from .*{capped.fingerprint[:12]}"
+    ):
+        verify_table(without, embeddings, sample=10)
 
 
 def test_partners_lie_in_their_anchors_shard(world, tmp_path, monkeypatch):

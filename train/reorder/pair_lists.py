@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mining.manifest import fingerprint
+from mining.array_folder import ArraySpec
 from mining.pair_table import PairTable, array_specs, pair_table_writer
+from mining.reordered import ID_ARRAYS, OLD_IDS, REORDERED_FROM, reordered_fingerprint
 
 NO_PAIR = -1
-# Arrays of a table whose numbers are pair ids.
-ID_ARRAYS = ("pair_ids", "excluded_example")
 CHUNK_ROWS = 65_536
 
 
@@ -20,24 +19,25 @@ def renumber_table(table: PairTable, old_ids_N: np.ndarray, path: Path, *, store
     """Write the table under new ids to `path` and open it; goes on where it was interrupted, keeps a finished one.
 
     Rows keep their order: entries whose scores are equal are by ascending id in the old ids, not in the new ones. What pruning left
-    beside the lists (ranked lists, masks) and the search's report stay with the old table. `old_ids_N` int64: old id of each new one.
+    beside the lists (ranked lists, masks) and the search's report stay with the old table. `old_ids_N` int64: old id of each new
+    one; the table keeps it, so that `mining.main verify` can compare it with the embeddings of the old one.
     """
     new_ids_N = inverse(old_ids_N)
-    order = fingerprint(memoryview(np.ascontiguousarray(old_ids_N)).cast("B"))
     writer = pair_table_writer(
         path,
         len(table),
         table.k,
         store_fingerprint=store_fingerprint,
         # Not the old one: rows of those embeddings have the old ids.
-        embeddings_fingerprint=fingerprint("reordered", table.manifest["embeddings_fingerprint"], order),
-        parameters={"search": table.manifest["parameters"], "reordered_from": table.fingerprint},
+        embeddings_fingerprint=reordered_fingerprint(table.manifest["embeddings_fingerprint"], old_ids_N),
+        parameters={"search": table.manifest["parameters"], REORDERED_FROM: table.fingerprint},
+        more={OLD_IDS: ArraySpec((), "int64")},
     )
     for start in range(0, len(table), CHUNK_ROWS):
         stop = min(start + CHUNK_ROWS, len(table))
         if writer.rows_done[start:stop].all():
             continue
-        rows = {}
+        rows = {OLD_IDS: old_ids_N[start:stop]}
         for name in array_specs(len(table), table.k):
             values = np.asarray(table.arrays[name][old_ids_N[start:stop]])
             rows[name] = renumber(values, new_ids_N) if name in ID_ARRAYS else values
