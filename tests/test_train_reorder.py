@@ -1,6 +1,7 @@
 """train.reorder: the order puts hard pairs together, and the store and table that come out are the old ones under new ids."""
 
 import itertools
+import json
 import multiprocessing
 import shutil
 import time
@@ -19,7 +20,7 @@ from tests.tar_shards import image_bytes, ingest, sample, wait_until, write_tar
 from train.config import DataConfig
 from train.data.loader import open_pair_table
 from train.data.pair_store import PairStore
-from train.reorder import rewrite
+from train.reorder import bench, rewrite
 from train.reorder.graph_order import Links, graph_order, propagate_labels
 from train.reorder.pair_lists import renumber_table, share_in_stretch
 
@@ -243,6 +244,21 @@ def test_reordered_table_says_where_to_append_and_what_it_cannot_verify(searched
         ValueError, match=rf"keeps no ranked lists.*verify the table it came from .*{capped.fingerprint[:12]}"
     ):
         verify_table(without, embeddings, sample=10)
+
+
+def test_bench_counts_the_partners_in_an_anchors_block_before_and_after(world, tmp_path):
+    flags = ["--store", str(world / "store"), "--pairs", str(world / "pairs"), "--shuffle-block", "5", "--shares-only"]
+    bench.main([*flags, "--out", str(tmp_path / "shares.json")])
+    report = json.loads((tmp_path / "shares.json").read_text())
+    lists = PairTable.open(world / "pairs").pair_ids_NK
+    inside = sum(int(pair // 5 == row // 5) for row, listed in enumerate(lists) for pair in listed[listed >= 0])
+    shares = report["partners_in_same_block"]["block 5, first 3"]
+    assert report["hard_pairs_listed"] == (lists >= 0).sum() == 3 * NUM_PAIRS - 2
+    assert shares["before"] == round(inside / (3 * NUM_PAIRS - 2), 4) < 0.3
+    # Groups of five, each a block of its own.
+    assert shares["after"] == 1.0
+    assert report["partners_in_same_block"]["block 256, first 3"] == {"before": 1.0, "after": 1.0}
+    assert "pairs_per_s" not in report
 
 
 def test_partners_lie_in_their_anchors_shard(world, tmp_path, monkeypatch):

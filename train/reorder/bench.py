@@ -36,7 +36,7 @@ from train.data.plan import EpochPlan, conflict_groups
 from train.ingest.__main__ import main as ingest
 from train.ingest.bench import machine
 from train.reorder.__main__ import main as reorder
-from train.reorder.pair_lists import share_in_stretch
+from train.reorder.pair_lists import NO_PAIR, share_in_stretch
 
 PROGRAM = "python -m train.reorder.bench"
 DESCRIPTION = (
@@ -72,6 +72,8 @@ class BenchConfig:
     """Anchors of a block of `ordered_blocks`."""
     rounds: int = 3
     """How often everything is measured."""
+    shares_only: bool = False
+    """Only how many hard pairs lie in their anchor's shuffle block and shard before and after; nothing is timed."""
     folder: Path | None = None
     """Where stores are made, a disk with room for three times the store; left out: the system's folder for temporary files."""
 
@@ -87,9 +89,31 @@ def main(arguments: Sequence[str]) -> None:
         ordered = folder / "ordered"
         flags = ["--store", store, "--pairs", pairs, "--out", ordered, "--shard-size-mib", config.shard_size_mib]
         reorder([str(flag) for flag in flags])
-        report = measure(config, store, pairs, ordered, folder)
+        report = shares(config, store, pairs, ordered)
+        if not config.shares_only:
+            report |= measure(config, store, pairs, ordered, folder)
     write_json_atomically(config.out, report)
     print(describe(report))
+
+
+def shares(config: BenchConfig, store: Path, pairs: Path, ordered: Path) -> dict[str, Any]:
+    """Sizes, and what share of the hard pairs the order brings together."""
+    opened, table = PairStore.open(store), PairTable.open(pairs)
+    return {
+        "machine": machine(),
+        "config": {
+            **asdict(config),
+            "out": None,
+            "folder": None,
+            "store": config.store and "given",
+            "pairs": config.pairs and "given",
+        },
+        "num_pairs": len(opened),
+        "hard_pairs_listed": int((np.asarray(table.pair_ids_NK) != NO_PAIR).sum()),
+        "store_mib": sum(info["raw_data"]["bytes"] for info in opened.shard_infos) / (1 << 20),
+        "partners_in_same_block": locality(table, PairTable.open(ordered / "pairs"), config),
+        "partners_in_same_shard": PairStore.open(ordered).manifest["reordered"],
+    }
 
 
 def measure(config: BenchConfig, store: Path, pairs: Path, ordered: Path, folder: Path) -> dict[str, Any]:
@@ -129,19 +153,7 @@ def measure(config: BenchConfig, store: Path, pairs: Path, ordered: Path, folder
         for way, some in seconds.items()
     }
     return {
-        "machine": machine(),
-        "config": {
-            **asdict(config),
-            "out": None,
-            "folder": None,
-            "store": config.store and "given",
-            "pairs": config.pairs and "given",
-        },
-        "num_pairs": num_pairs,
         "num_shards": {name: len(PairStore.open(place).shard_infos) for name, place in places.items()},
-        "store_mib": sum(info["raw_data"]["bytes"] for info in PairStore.open(store).shard_infos) / (1 << 20),
-        "partners_in_same_block": locality(tables[store], tables[ordered], config),
-        "partners_in_same_shard": PairStore.open(ordered).manifest["reordered"],
         "stand_ins": {name: share_of_stand_ins(some) for name, some in batches.items()},
         "seconds": seconds,
         "pairs_per_s": rates,
@@ -268,17 +280,19 @@ def make_pairs(config: BenchConfig, store: PairStore, path: Path) -> Path:
 
 
 def describe(report: dict[str, Any]) -> str:
-    lines = [f"{report['num_pairs']:,} pairs, {report['store_mib']:,.0f} MiB, {report['config']['rounds']} rounds"]
+    lines = [f"{report['num_pairs']:,} pairs, {report['store_mib']:,.0f} MiB; hard pairs in their anchor's block:"]
     lines += [
         f"  {where}: {shares['before']:.1%} -> {shares['after']:.1%}"
         for where, shares in report["partners_in_same_block"].items()
     ]
-    for way, rates in report["pairs_per_s"].items():
+    moved = report["partners_in_same_shard"]
+    lines.append(f"  shard: {moved['partners_in_same_shard_before']:.1%} -> {moved['partners_in_same_shard']:.1%}")
+    for way, rates in report.get("pairs_per_s", {}).items():
         for name, rate in rates.items():
             share = report["of_sequential"][way][name]
             more = f", {report['shards_fetched_for_a_tenth'][name]} shards fetched" if way.startswith("remote") else ""
             lines.append(f"  {way:14} {name:15} {rate:9,.0f} pair/s {share:6.2f} of sequential{more}")
-    lines += [f"  stand-ins of {name}: {share:.2%}" for name, share in report["stand_ins"].items()]
+    lines += [f"  stand-ins of {name}: {share:.2%}" for name, share in report.get("stand_ins", {}).items()]
     return "\n".join(lines)
 
 
