@@ -68,9 +68,9 @@ def test_only_one_module_imports_a_slow_package(package, importer):
     assert f'import_module("{package}")' in (ROOT / importer).read_text(encoding="utf-8")
 
 
-def test_only_the_loader_benchmark_imports_open_clips_trainer():
+def test_only_the_benchmarks_import_open_clips_trainer():
     assert importers_of("open_clip_train") == {"train/data/peers.py"}
-    assert importers_of("train.data.peers") == {"train/data/bench.py"}
+    assert importers_of("train.data.peers") == {"train/data/bench.py", "train/bench/contenders.py"}
 
 
 def test_kernels_import_nothing_but_torch_and_triton():

@@ -1,4 +1,5 @@
-"""open_clip's WebDataset pipeline as its trainer builds it: what `train.data.bench` measures against, imported here alone.
+"""open_clip's WebDataset pipeline as its trainer builds it: what `train.data.bench` and `train.bench`
+measure against, imported here alone.
 
 In: tars, a transform of PIL pictures, a tokenizer. Out: its batches (pictures, tokens).
 """
@@ -25,7 +26,31 @@ def open_clip_batches(
     transform: Callable[[Any], torch.Tensor],
     tokenizer: Callable[[str], torch.Tensor],
 ) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-    """One epoch of `open_clip_train.data.get_wds_dataset`, with the settings of a training run of one process."""
+    """One epoch of `open_clip_data` for one process."""
+    return open_clip_data(
+        tars,
+        num_samples=num_samples,
+        batch_size=batch_size,
+        workers=workers,
+        seed=seed,
+        transform=transform,
+        tokenizer=tokenizer,
+        world_size=1,
+    ).dataloader
+
+
+def open_clip_data(
+    tars: Sequence[str],
+    *,
+    num_samples: int,
+    batch_size: int,
+    workers: int,
+    seed: int,
+    transform: Callable[[Any], torch.Tensor],
+    tokenizer: Callable[[str], torch.Tensor],
+    world_size: int,
+) -> Any:
+    """`open_clip_train.data.get_wds_dataset` with the settings of a training run; batch_size: of a rank."""
     arguments = argparse.Namespace(
         train_data="::".join(tars),
         train_num_samples=num_samples,
@@ -33,11 +58,17 @@ def open_clip_batches(
         dataset_resampled=False,
         batch_size=batch_size,
         workers=workers,
-        world_size=1,
+        world_size=world_size,
         seed=seed,
     )
-    data = _open_clip_data().get_wds_dataset(arguments, transform, is_train=True, tokenizer=tokenizer)
-    return data.dataloader
+    return _open_clip_data().get_wds_dataset(arguments, transform, is_train=True, tokenizer=tokenizer)
+
+
+def open_clip_train_one_epoch() -> Callable[..., None]:
+    """Its trainer's loop over an epoch."""
+    from open_clip_train.train import train_one_epoch
+
+    return train_one_epoch
 
 
 def _open_clip_data() -> ModuleType:

@@ -3,14 +3,12 @@
 `check` starts this module once for each rank, with what a launcher would say in the environment.
 """
 
-import os
-import socket
 import subprocess
 import sys
 import time
 
 from train.doctor.finding import Finding, broken, ok
-from train.run_manifest import ROOT
+from train.local_ranks import start_ranks, stop_ranks
 
 TIMEOUT_S = 120.0
 ROUNDS, FLOATS = 5, 2**20
@@ -20,10 +18,9 @@ def check(ranks: int, device: str) -> list[Finding]:
     """`ranks` processes on this machine all-reduce 4 MiB. device: "cpu" or "cuda"."""
     backend = "NCCL" if device == "cuda" else "gloo"
     name = f"{backend} round trip"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [start(rank, ranks, port, device) for rank in range(ranks)]
+    processes = start_ranks(
+        ["-m", "train.doctor.round_trip", device], ranks, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     deadline_s = time.monotonic() + TIMEOUT_S
     outputs = []
     try:
@@ -37,9 +34,7 @@ def check(ranks: int, device: str) -> list[Finding]:
         )
         return [broken(name, f"{ranks} ranks did not meet within {TIMEOUT_S:.0f} s", remedy)]
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        stop_ranks(processes)
     for rank, (process, (_, errors)) in enumerate(zip(processes, outputs, strict=True)):
         if process.returncode:
             lines = errors.strip().splitlines() or [f"exit code {process.returncode}"]
@@ -51,17 +46,6 @@ def check(ranks: int, device: str) -> list[Finding]:
                 )
             ]
     return [ok(name, outputs[0][0].strip().splitlines()[-1])]
-
-
-def start(rank: int, ranks: int, port: int, device: str) -> subprocess.Popen:
-    environment = {
-        **os.environ,
-        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
-    }
-    command = [sys.executable, "-m", "train.doctor.round_trip", device]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def main(device: str) -> None:

@@ -12,6 +12,7 @@ from train.doctor.finding import Finding, broken, ok, warning
 
 # As much is read to measure a disk; less than so many MiB a second feeds no training.
 READ_BYTES, SLOW_MIB_PER_S = 128 * 2**20, 50
+LITTLE_BYTES = 16 * 2**20
 GIB, MIB = 2**30, 2**20
 # fp32 weights, AdamW's two moments, and the model once more for open_clip.
 CHECKPOINT_BYTES_A_PARAMETER = 16
@@ -154,6 +155,9 @@ def disk(paths: Sequence[str]) -> list[Finding]:
     """Rate of reading shards that are not in memory."""
     if not paths:
         return []
+    size = sum(os.path.getsize(path) for path in paths)
+    if size < LITTLE_BYTES:
+        return [ok("disk", f"{size / MIB:,.1f} MiB in all, in memory after the first pass")]
     rate = read_rate(paths)
     facts = f"{rate:,.0f} MiB/s read from {Path(paths[0]).parent}"
     if rate < SLOW_MIB_PER_S:
