@@ -34,6 +34,8 @@ CLIP = "clip."
 POLL_S = 0.02
 # A rank that writes nothing for so long is taken for dead; its launcher has mostly ended the job before.
 RANKS_TIMEOUT_S = 3600.0
+# The same when this process is ending: what the others have begun, they finish.
+ENDING_TIMEOUT_S = 30.0
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -89,7 +91,7 @@ class CheckpointSaver:
     def save(self, step: int) -> None:
         """Copy the state to host memory and start to write it; waits for the save before. Collective: every rank calls.
 
-        Raises OSError or RuntimeError when the save before failed; the checkpoint before that is still in force.
+        Raises ValueError or RuntimeError when the save before failed; the checkpoint before that is still in force.
         """
         if step == self.saved_step:
             return
@@ -116,7 +118,7 @@ class CheckpointSaver:
     def wait(self) -> None:
         """Return when the last save is complete on disk. Collective: every rank calls.
 
-        Raises OSError or RuntimeError, on every rank, when one could not write.
+        Raises ValueError or RuntimeError, on every rank, when one could not write.
         """
         if self._thread is None:
             return
@@ -296,6 +298,8 @@ def _sums_of_ranks(temporary: Path, world_size: int) -> dict[str, FileSum]:
             if (temporary / _failure_note(rank)).is_file():
                 reason = (temporary / _failure_note(rank)).read_text(encoding="utf-8")
                 raise RuntimeError(f"rank {rank} could not write its part: {reason}")
+            if not threading.main_thread().is_alive():
+                deadline = min(deadline, time.monotonic() + ENDING_TIMEOUT_S)
             if time.monotonic() > deadline:
                 raise RuntimeError(f"rank {rank} has not written its part after {RANKS_TIMEOUT_S:.0f} s")
             time.sleep(POLL_S)
@@ -308,8 +312,7 @@ def _explained(error: Exception, final: Path) -> Exception:
     if not isinstance(error, OSError):
         return error
     free_mib = shutil.disk_usage(final.parent).free >> 20
-    return OSError(
-        error.errno,
+    return ValueError(
         f"the checkpoint {final} could not be written: {error.strerror} ({free_mib} MiB free); the one before it is in force: make room, "
         "lower --keep_checkpoints, or give another --out, and run the same command again",
     )

@@ -228,26 +228,6 @@ class Engine:
             if parameter is not None and parameter.requires_grad:
                 self.module.exact_scalars[name] = safe_get_full_fp32_param(parameter).float().clone()
 
-    def full_state_dict(self) -> dict[str, torch.Tensor] | None:
-        """The open_clip model's weights and buffers on the CPU, fp32 masters where there are any; None on ranks other than 0."""
-        from deepspeed import zero
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        clip = self.engine.module.clip
-        parameters = dict(clip.named_parameters())
-        # Buffers that are not saved (an attention mask) are not in the state dict; parameters of other ranks are empty there.
-        state = {name: tensor for name, tensor in clip.state_dict().items() if name not in parameters}
-        for name, parameter in parameters.items():
-            # A frozen parameter has no master, and at ZeRO-0 the parameter is the master.
-            if self.stage and parameter.requires_grad:
-                state[name] = safe_get_full_fp32_param(parameter)
-            else:
-                with zero.GatheredParameters([parameter], enabled=self.stage == 3):
-                    state[name] = parameter.detach().clone()
-        if self.rank != 0:
-            return None
-        return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
-
     def copy_state(self, into: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """This rank's part of the training state in host memory: {kind/start/name: 1-d tensor}, and its random state.
 

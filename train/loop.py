@@ -30,8 +30,9 @@ from train.feature_cache import encode_in_chunks, replay_and_step
 from train.flops import step_cost
 from train.loss import Terms, batch_gradients, batch_loss, term_values
 from train.metrics import MetricsLog, StepClock
-from train.model import CONFIG_FILE, MERGES_FILE, SCALARS, WEIGHTS_FILE, TwoTowers, build_model, build_tokenizer
+from train.model import MODEL_FILES, SCALARS, TwoTowers, build_model, build_tokenizer
 from train.phases import CHECKPOINT, DATA, LOGGING, LOSS, Phases
+from train.random_state import seed_generators
 from train.run_manifest import write_run_manifest
 from train.schedule import learning_rate
 from train.skipped import SkippedSteps
@@ -54,7 +55,7 @@ def _train(config: TrainConfig, recipe: str, ranks: Ranks, supervisor: Superviso
     run, phases = Path(config.out), supervisor.phases
     if config.threads:
         torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
+    seed_generators(config.seed)
     ds_config = read_ds_config(config.ds_config)
     check_zero_section(config.ds_config, ds_config)
     model, preprocess = build_model(config.model, config.loss.kind)
@@ -333,6 +334,6 @@ def export(run: Path, step: int) -> None:
     """Copy the model of a checkpoint to `export/`, in the form that plain open_clip loads."""
     folder, saved = run / "export", step_folder(run, step)
     folder.mkdir(exist_ok=True)
-    for name in (CONFIG_FILE, WEIGHTS_FILE, MERGES_FILE):
+    for name in MODEL_FILES:
         if (saved / name).is_file():
             shutil.copyfile(saved / name, folder / name)

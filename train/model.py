@@ -5,10 +5,12 @@ A checkpoint folder holds `open_clip_config.json` and `open_clip_model.safetenso
 """
 
 import contextlib
+import functools
 import gzip
 import json
 import logging
 import math
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -19,13 +21,14 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mining.manifest import fingerprint, write_json_atomically
+from mining.manifest import MANIFEST_NAME, fingerprint, write_json_atomically
 from train.clip_library import PreprocessCfg, import_text_library, open_clip
 from train.config import ModelConfig
-from train.tensor_files import write_tensors
+from train.tensor_files import FileSum, write_tensors
 
 MODEL_CONFIG_FOLDER = Path(__file__).parent / "model_configs"
 CONFIG_FILE, WEIGHTS_FILE, MERGES_FILE = "open_clip_config.json", "open_clip_model.safetensors", "bpe.txt.gz"
+MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, MERGES_FILE)
 # 256 bytes, the same as word ends, and the two special tokens: what a vocabulary holds besides its merges.
 NUM_BASE_TOKENS = 514
 CLIP_VOCABULARY_SIZE = 49408
@@ -141,6 +144,7 @@ def _tokenizer_of(model_config: dict[str, Any], name: str, merges: Path | None =
         return open_clip.SimpleTokenizer(bpe_path=str(path), **keywords)
 
 
+@functools.cache
 def _first_merges(vocabulary_size: int) -> bytes:
     """CLIP's merge list cut so that the vocabulary has `vocabulary_size` tokens, gzipped, same bytes every time."""
     with gzip.open(open_clip.tokenizer.default_bpe(), "rt", encoding="utf-8") as file:
@@ -224,9 +228,23 @@ def checkpoint_folder(checkpoint: str | Path) -> Path:
     # Folders under a temporary name are not of this form, so an interrupted save is never picked.
     steps = sorted((path / "checkpoints").glob("step_*"), key=lambda step: int(step.name.removeprefix("step_")))
     for step in reversed(steps):
-        if (step / "manifest.json").is_file() and (step / WEIGHTS_FILE).is_file():
+        reason = _unusable(step)
+        if not reason:
             return step
+        print(f"passed over {step}: {reason}", file=sys.stderr)
     raise ValueError(f"{checkpoint} holds no complete checkpoint yet; train it first, or give another folder")
+
+
+def _unusable(step: Path) -> str:
+    """Why the model of a checkpoint can't be believed, or "" when its files are what the manifest says."""
+    try:
+        files = json.loads((step / MANIFEST_NAME).read_text(encoding="utf-8")).get("files", {})
+    except (OSError, ValueError) as error:
+        return f"its manifest can't be read: {error}"
+    if not (step / WEIGHTS_FILE).is_file():
+        return f"{WEIGHTS_FILE} is missing"
+    reasons = (FileSum(**files[name]).mismatch(step / name) for name in MODEL_FILES if name in files)
+    return next(filter(None, reasons), "")
 
 
 @contextlib.contextmanager

@@ -32,9 +32,13 @@ def restore_random_state(files: PieceFiles, device: torch.device) -> None:
     np.random.set_state(("MT19937", *of_numpy))
 
 
+def seed_generators(seed: int) -> None:
+    """All generators of this process at the start of a run."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 def seed_random_state(seed: int, step: int, rank: int) -> None:
     """What takes the place of a saved state when the ranks are not those that saved: the same for each (seed, step, rank)."""
-    drawn = int(fingerprint("random state", seed, step, rank)[:15], 16)
-    torch.manual_seed(drawn)
-    random.seed(drawn)
-    np.random.seed(drawn % 2**32)
+    seed_generators(int(fingerprint("random state", seed, step, rank)[:15], 16))
