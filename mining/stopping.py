@@ -6,6 +6,7 @@ written by then is kept, and the same command goes on. `train.supervisor` puts a
 
 import contextlib
 import ctypes
+import io
 import os
 import select
 import signal
@@ -59,6 +60,8 @@ def run_stoppable(main: Callable[[Sequence[str]], None], arguments: Sequence[str
 
     It ends without waiting for threads and data workers: one that is blocked would keep a rank, and with it the job, from ending.
     """
+    if "WORLD_SIZE" in os.environ:
+        sys.stdout, sys.stderr = lasting(1), lasting(2)
     code: int | str | None = 0
     with hearing_stop():
         try:
@@ -72,6 +75,25 @@ def run_stoppable(main: Callable[[Sequence[str]], None], arguments: Sequence[str
     if isinstance(code, str):
         print(code, file=sys.stderr)
     end_process(code if isinstance(code, int) else int(code is not None))
+
+
+class _LastingFile(io.FileIO):
+    """Goes on without a reader: when ssh or a launcher is gone, its rank must still save what it has."""
+
+    def write(self, data: bytes) -> int | None:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return len(data)
+
+
+def lasting(descriptor: int) -> io.TextIOWrapper:
+    """A standard stream that never breaks."""
+    file = io.BufferedWriter(_LastingFile(descriptor, "w", closefd=False))
+    return io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", line_buffering=True, write_through=True)
 
 
 def end_process(code: int) -> NoReturn:

@@ -90,3 +90,30 @@ def test_no_rank_outlives_its_launcher_or_what_started_that(tmp_path, whom, numb
                 os.kill(pid, signal.SIGKILL)
     process.wait(10)
     process.stderr.close()
+
+
+def test_a_rank_whose_output_nobody_reads_any_more_goes_on(tmp_path):
+    code = f"""
+import pathlib, sys, time
+from mining.stopping import run_stoppable
+
+def main(_):
+    for number in range(100):
+        print("line", number, file=sys.stderr)
+        print("line", number)
+        time.sleep(0.01)
+    pathlib.Path({str(tmp_path / "done")!r}).touch()
+
+run_stoppable(main, [])
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=program_environment(PYTHONPATH=str(ROOT), RANK="0", WORLD_SIZE="2"),
+    )
+    assert process.stderr.readline() == b"line 0\n"
+    process.stderr.close()
+    process.stdout.close()
+    assert process.wait(30) == 0
+    assert (tmp_path / "done").exists()
