@@ -59,6 +59,9 @@ class Share:
         place, told = self.meeting.place, set()
         while True:
             rows_done = self.writer.refresh()
+            if not self.writer.partial.is_dir():
+                # Another rank was quick to finish: looked for here, its blocks would seem to be missing for as long as patience lasts.
+                raise FileNotFoundError(f"{self.writer.partial} has become the table, or was removed")
             self._show()
             missing = [number for number, (a, b) in enumerate(self.ranges) if not rows_done[a:b].all()]
             if not missing:

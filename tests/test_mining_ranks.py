@@ -14,6 +14,7 @@ import pytest
 
 import mining.array_folder
 import mining.search
+import mining.share
 from mining import EmbeddingStore, PairTable
 from mining.problem import SearchLimits
 from mining.pruning import Pruning
@@ -118,6 +119,26 @@ def test_blocks_of_a_killed_rank_are_taken_over_by_the_others(folder, killed):
     for process in ranks:
         process.join()
     assert [process.exitcode for process in ranks] == [0 if rank != killed else -signal.SIGKILL for rank in range(3)]
+    assert_same_table(folder)
+
+
+def search_with_long_pauses(store: Path, out: Path, place: RankPlace) -> None:
+    mining.share.POLL_S = 2.0
+    search_pairs(EmbeddingStore.open(store), out, LIMITS, pruning=PRUNING, place=place, patience_s=3600)
+
+
+def test_a_rank_without_blocks_ends_with_the_table_though_it_is_finished_between_two_looks(folder):
+    idle = start(search_with_long_pauses, folder / "store", folder / "pairs", RankPlace(1, 2))
+    while not list(folder.glob(".pairs.partial-*/ranks/rank-00001.json")):
+        assert idle.is_alive()
+        time.sleep(0.01)
+    search_pairs(
+        EmbeddingStore.open(folder / "store"), folder / "pairs", LIMITS, pruning=PRUNING, place=RankPlace(0, 2)
+    )
+    idle.join(60)
+    code = idle.exitcode
+    idle.kill()
+    assert code == 0
     assert_same_table(folder)
 
 

@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from mining.backends import BackendChoice
+from mining.problem import SearchLimits
+from mining.search import search_pairs
 from mining.stopping import EXIT_STOPPED
-from tests.tiny_world import ROOT, program_environment
+from tests.embeddings import array_bytes, random_store
+from tests.tiny_world import ROOT, program, program_environment, python
 
 # Stand-ins for `deepspeed` and its launch.py by name and behaviour: neither passes a signal on, both end with their child's code.
 LAUNCHER = """
@@ -117,3 +121,32 @@ run_stoppable(main, [])
     process.stdout.close()
     assert process.wait(30) == 0
     assert (tmp_path / "done").exists()
+
+
+def test_a_search_that_is_told_to_stop_goes_on_to_the_same_table(tmp_path):
+    store = random_store(tmp_path / "embeddings", 3000)
+    flags = ["--embeddings", str(store.path), "--k", "4", "--backend", "reference", "--block", "8", "--device", "cpu"]
+    search = python("-m", "mining.main", "search", *flags, "--out", str(tmp_path / "stopped"))
+    process = subprocess.Popen(search, cwd=ROOT, env=program_environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (blocks := rows_done(tmp_path / "stopped")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == EXIT_STOPPED
+    assert "the same command goes on" in process.stderr.read()
+    process.stderr.close()
+    assert not (tmp_path / "stopped").exists()
+    assert blocks <= rows_done(tmp_path / "stopped") < 3000
+    program(*search)
+    whole = search_pairs(
+        store, tmp_path / "whole", SearchLimits(4), choice=BackendChoice(backend="reference", device="cpu")
+    )
+    assert array_bytes(tmp_path / "stopped") == array_bytes(whole.path)
+
+
+def rows_done(out: Path) -> int:
+    """Rows of an unfinished table that are committed."""
+    names = [marker.stem.split("-") for marker in out.parent.glob(f".{out.name}.partial-*/blocks/*-*.json")]
+    return sum(int(stop) - int(start) for start, stop in names)

@@ -14,6 +14,7 @@ from mining.stopping import EXIT_STOPPED, hearing_stop, run_stoppable
 from tests.ranks import join_group
 from train.data.reading import ReadingNotes
 from train.distributed import Ranks, mean_over_ranks
+from train.loop import timed
 from train.phases import BACKWARD, DATA, FORWARD, Phases
 from train.supervisor import Stopped, supervised
 from train.watchdog import EXIT_HANG, Place, hang_report
@@ -34,7 +35,7 @@ def loop(rank: int, world_size: int, folder: Path, fault: str, hang_timeout_s: f
 
 def steps(ranks: Ranks, folder: Path, fault: str, hang_timeout_s: float) -> None:
     phases = Phases()
-    with supervised(ranks, phases, hang_timeout_s) as supervisor:
+    with supervised(ranks, phases, hang_timeout_s, saves=fault != "saves nothing") as supervisor:
         notes = ReadingNotes(1)
         supervisor.reading = notes.now
         for step in range(1, STEPS + 1):
@@ -129,6 +130,22 @@ def test_stopping_costs_at_most_the_step_that_was_begun(tmp_path):
     job.exit_codes()
     # Between the look and the signal lie a few steps of 20 ms, on a busy machine.
     assert int((tmp_path / "stopped_0").read_text().split()[0]) <= max(seen) + 20
+
+
+def test_ranks_that_save_nothing_leave_at_once_with_the_same_code(tmp_path):
+    job = Job(tmp_path, "saves nothing", world_size=2)
+    job.wait_for_step(3)
+    os.kill(job.processes[1].pid, signal.SIGUSR1)
+    assert job.exit_codes(30) == [EXIT_STOPPED] * 2
+    assert job.errors().count("stopped (SIGUSR1 at rank 1 (process ") == 1
+
+
+def test_data_that_end_early_on_one_rank_are_an_error_there():
+    batches = timed(iter(["first", "second"]), Phases(), 1, 3)
+    assert [next(batches), next(batches)] == ["first", "second"]
+    with pytest.raises(RuntimeError, match="the data of this rank end before step 3, the run has 3"):
+        next(batches)
+    assert list(timed(iter(["first", "second"]), Phases(), 1, 2)) == ["first", "second"]
 
 
 @pytest.mark.parametrize(
