@@ -41,8 +41,10 @@ from train.model import TwoTowers, build_model, build_tokenizer
 from train.phases import LOGGING, Phases
 from train.schedule import learning_rate, parameter_groups
 from train.skipped import SkippedSteps
+from train.supervisor import Supervisor, supervised
 
 LOG_EVERY = 10
+HANG_TIMEOUT_S = 900.0
 # Different ones, so that no cache holds a batch; as few as memory likes.
 BATCHES_IN_MEMORY = 4
 AUGMENT = AugmentConfig(scale=(0.9, 1.0))
@@ -52,12 +54,12 @@ OPTIM = OptimConfig(lr=1e-4, wd=0.1, warmup=100)
 class Ours:
     """The trainer's own step, clock, log and bookkeeping."""
 
-    def __init__(self, settings: dict[str, Any], ranks: Ranks, folder: Path) -> None:
+    def __init__(self, settings: dict[str, Any], ranks: Ranks, folder: Path, supervisor: Supervisor) -> None:
         ds_config = read_ds_config(settings["ds_config"])
         self.config = TrainConfig(model=ModelConfig(settings["model"]), batch_size=settings["batch_size"], optim=OPTIM)
         torch.manual_seed(0)
         model, preprocess = build_model(self.config.model)
-        self.towers, self.phases = TwoTowers(model, preprocess), Phases(ranks.device)
+        self.towers, self.phases = TwoTowers(model, preprocess), supervisor.phases
         self.image_size = image_size(preprocess.size)
         cost = step_cost(self.towers, self.image_size, ds_config, ranks.device) if ranks.is_main else None
         self.engine = Engine(
@@ -66,19 +68,22 @@ class Ours:
         self.log = MetricsLog(folder / "ours", is_main=ranks.is_main, name="ours", first_step=0, num_steps=0)
         self.clock = StepClock(self.phases, ranks.world_size, ranks.device, cost)
         self.skipped = SkippedSteps(folder / "ours", ranks.rank, 10, 0)
+        self.supervisor = supervisor
         self.done, self.figures = 0, list[dict[str, Any]]()
 
     def run(self, batches: Iterator[RankBatch]) -> None:
         """As the loop of train.loop, without checkpoints."""
         # What the others did meanwhile is no time of ours.
         self.phases.take()
-        for batch in timed(batches, self.phases, self.done + 1):
+        for batch in timed(batches, self.phases, self.done + 1, 0):
             self.done += 1
             rate = learning_rate(OPTIM, self.done, 10**6)
             outcome = train_step(self.engine, self.config, batch, rate)
             if outcome.not_finite:
                 raise RuntimeError(f"the {outcome.not_finite} is not finite: this measures nothing")
             self.skipped.took()
+            if self.supervisor.stops_after(self.done):
+                raise RuntimeError("told to stop")
             self.clock.step_done(batch.global_batch_size)
             if self.done % LOG_EVERY == 0:
                 with self.phases(LOGGING):
@@ -287,11 +292,15 @@ def main(settings_path: str, result_path: str) -> None:
     settings = json.loads(Path(settings_path).read_text(encoding="utf-8"))
     rates: dict[str, dict[str, list[float]]] = {}
     where: dict[str, dict[str, float]] = {}
-    with connected(settings["device"]) as ranks, tempfile.TemporaryDirectory(prefix="train-bench-") as own:
+    with (
+        connected(settings["device"]) as ranks,
+        tempfile.TemporaryDirectory(prefix="train-bench-") as own,
+        supervised(ranks, Phases(ranks.device), HANG_TIMEOUT_S) as supervisor,
+    ):
         torch.set_num_threads(settings["threads"])
         folder = Path(settings["folder"])
         (folder / "ours").mkdir(exist_ok=True)
-        ours = Ours(settings, ranks, folder if ranks.is_main else Path(own))
+        ours = Ours(settings, ranks, folder if ranks.is_main else Path(own), supervisor)
         for part in settings["parts"]:
             rates[part], ours.figures = {}, []
 
