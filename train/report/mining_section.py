@@ -96,11 +96,26 @@ def summary_facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("Rows proven exact", share_of(summary["certified"], total)),
         ("Left out as duplicates", f"{excluded['total']:,}"),
         *causes,
+        *dropped_facts(summary),
         ("Noise, not used as anchors", share_of(noise["total"], total)),
         ("Median best score", "none" if median is None else f"{median:.3f}"),
     ]
     if "seconds" in summary:
         facts.append(("Search time", f"{summary['seconds']:.1f} s"))
+    return facts
+
+
+def dropped_facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What pruning took out of the lists, where it was asked to; tables of earlier versions do not say."""
+    dropped, parameters = summary.get("dropped", {}), summary.get("parameters", {})
+    facts = []
+    if "false_negative" in dropped:
+        margin = parameters.get("false_negative_margin")
+        facts.append((f"Taken out as likely false negatives (margin {margin})", f"{dropped['false_negative']:,}"))
+    if "hub_capped" in dropped:
+        facts.append((f"Taken out of hubs (at most {parameters.get('hub_cap')} lists)", f"{dropped['hub_capped']:,}"))
+    if facts:
+        facts.append(("Left without hard pairs by that", f"{dropped['left_without']:,}"))
     return facts
 
 

@@ -11,14 +11,26 @@ from train.report.mining_section import GALLERY_STYLE, MiningPart
 from train.report.runs import Run
 from train.report.sections import curves_section, facts_list, machine_section, results_section, runs_section
 from train.report.style import STYLE
+from train.report.time_section import time_section
 
-NAVIGATION = (("results", "Results"), ("curves", "Training"), ("runs", "What was run"), ("mining", "Mined pairs"))
+NAVIGATION = (
+    ("results", "Results"),
+    ("curves", "Training"),
+    ("time", "Time"),
+    ("runs", "What was run"),
+    ("mining", "Mined pairs"),
+)
 
 
 def report_html(runs: Sequence[Run], tables: Sequence[Table], mining: MiningPart) -> str:
     """The whole page."""
     names = ", ".join(run.name for run in runs)
-    links = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title in (*NAVIGATION, ("machine", "Machine")))
+    times = time_section(runs)
+    links = "".join(
+        f'<a href="#{anchor}">{title}</a>'
+        for anchor, title in (*NAVIGATION, ("machine", "Machine"))
+        if anchor != "time" or times
+    )
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return f"""<!doctype html>
 <html lang="en">
@@ -39,6 +51,7 @@ def report_html(runs: Sequence[Run], tables: Sequence[Table], mining: MiningPart
 <main>
 {results_section(tables, runs)}
 {curves_section(runs)}
+{times}
 {runs_section(runs)}
 {mining_html(mining)}
 {machine_section()}

@@ -9,6 +9,7 @@ from train.report.charts import Interval, Series, forest_chart, line_chart
 from train.report.compare import CLEAR_ERRORS, Difference, Row, Table, percent, verdict_sentence
 from train.report.machine import machine_facts, package_versions
 from train.report.runs import Run
+from train.report.time_section import use_facts
 
 KIND_TITLES = {"zeroshot": "Zero-shot classification", "retrieval": "Retrieval", "linear_probe": "Linear probe"}
 HEADLINE_METRICS = ("top1", "image_to_text_r1", "text_to_image_r1")
@@ -23,6 +24,7 @@ CURVES = (
     ("gradient_norm", "Gradient norm", ""),
     ("learning_rate", "Learning rate", ""),
     ("pairs_per_s", "Throughput, pairs/s", "all ranks together"),
+    ("mfu", "MFU", "share of the device's peak, by counted operations"),
     ("data_wait_ms", "Wait for data, ms a step", ""),
 )
 
@@ -172,7 +174,9 @@ def curves_section(runs: Sequence[Run]) -> str:
             for index, run in enumerate(runs)
             if (rows := [row for row in run.rows if isinstance(row.get(field), int | float)])
         ]
-        # A margin that no run has is no curve.
+        # A figure that no run has is no curve.
+        if not any(line.x for line in series):
+            continue
         if field == "margin" and not any(any(line.y) for line in series):
             continue
         charts.append(line_chart(title, series, note=note))
@@ -241,7 +245,8 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
         ("Time in steps", duration(run.seconds)),
         ("Median throughput", f"{median(rates):,.0f} pairs/s" if rates else "-"),
         ("Peak memory", f"{max(memory):,.0f} MiB a process" if memory else "-"),
-        ("Commit", str(setting(run, "commit"))[:12]),
+        *use_facts(run),
+        ("Commit", str(setting(run, "commit"))[:12] + (" + changes" if setting(run, "dirty", False) is True else "")),
     ]
 
 

@@ -3,7 +3,9 @@
 STYLE = """
 :root { --ink: #1c2330; --muted: #626c7d; --page: #f5f6f8; --card: #ffffff; --line: #dfe3ea; --good: #1f7a4d;
   --good-back: #e2f3ea; --bad: #b3403a; --bad-back: #fae7e5; --same-back: #eceff3;
-  --run-0: #2f6fdb; --run-1: #d9822b; --run-2: #1f9a70; --run-3: #8a5cd1; --run-4: #c7427d; --run-5: #4d7d8f; }
+  --run-0: #2f6fdb; --run-1: #d9822b; --run-2: #1f9a70; --run-3: #8a5cd1; --run-4: #c7427d; --run-5: #4d7d8f;
+  --part-0: #c7427d; --part-1: #2f6fdb; --part-2: #1f9a70; --part-3: #7aa9f7; --part-4: #d9822b; --part-5: #8a5cd1;
+  --part-6: #e0c341; --part-7: #98a2b3; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e9ef; --muted: #98a2b3; --page: #14171c; --card: #1d2128; --line: #323843; --good: #6fce9f;
     --good-back: #1d3a2d; --bad: #ef8d87; --bad-back: #42211f; --same-back: #2a303a;
