@@ -103,7 +103,7 @@ def _width(dtype: torch.dtype) -> str:
 
 ANY = 1 << 62
 # Small, so that small tests cross the edges of blocks.
-INTERPRETED = Blocks(16, 16, 16, num_warps=4, num_stages=1)
+INTERPRETED = Blocks(16, 16, 32, num_warps=4, num_stages=1)
 DOUBLE = ((ANY, Blocks(32, 32, 16, num_warps=4, num_stages=2)),)
 # kernel, chip -> width of the dtype -> (largest D, blocks), in ascending order of D. float64 takes DOUBLE everywhere.
 BLOCKS: dict[tuple[str, str], dict[str, tuple[tuple[int, Blocks], ...]]] = {
@@ -112,7 +112,7 @@ BLOCKS: dict[tuple[str, str], dict[str, tuple[tuple[int, Blocks], ...]]] = {
         "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=3)),),
     },
     ("contrastive_statistics", "sm_90"): {
-        "16bit": ((ANY, Blocks(128, 128, 64, num_warps=8, num_stages=3)),),
+        "16bit": ((ANY, Blocks(128, 128, 64, num_warps=4, num_stages=3)),),
         "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=3)),),
     },
     ("contrastive_statistics", "sm_100"): {
@@ -123,12 +123,28 @@ BLOCKS: dict[tuple[str, str], dict[str, tuple[tuple[int, Blocks], ...]]] = {
         "16bit": ((ANY, Blocks(128, 128, 64, num_warps=8, num_stages=2)),),
         "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=2)),),
     },
+    ("contrastive_statistics_hinge", "sm_80"): {
+        "16bit": ((ANY, Blocks(128, 128, 32, num_warps=8, num_stages=3)),),
+        "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=3)),),
+    },
+    ("contrastive_statistics_hinge", "sm_90"): {
+        "16bit": ((ANY, Blocks(128, 64, 64, num_warps=4, num_stages=3)),),
+        "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=3)),),
+    },
+    ("contrastive_statistics_hinge", "sm_100"): {
+        "16bit": ((ANY, Blocks(128, 64, 128, num_warps=8, num_stages=2)),),
+        "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=4)),),
+    },
+    ("contrastive_statistics_hinge", "gfx942"): {
+        "16bit": ((ANY, Blocks(128, 128, 64, num_warps=8, num_stages=2)),),
+        "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=2)),),
+    },
     ("contrastive_weights", "sm_80"): {
         "16bit": ((ANY, Blocks(128, 128, 32, num_warps=8, num_stages=3)),),
         "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=3)),),
     },
     ("contrastive_weights", "sm_90"): {
-        "16bit": ((ANY, Blocks(128, 128, 64, num_warps=8, num_stages=3)),),
+        "16bit": ((ANY, Blocks(64, 128, 64, num_warps=4, num_stages=4)),),
         # Its weights are float32, which takes more registers.
         "float16": ((ANY, Blocks(128, 64, 64, num_warps=8, num_stages=3)),),
         "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=3)),),
@@ -163,7 +179,7 @@ BLOCKS: dict[tuple[str, str], dict[str, tuple[tuple[int, Blocks], ...]]] = {
         "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=3)),),
     },
     ("sigmoid_weights", "sm_90"): {
-        "16bit": ((ANY, Blocks(128, 128, 64, num_warps=8, num_stages=3)),),
+        "16bit": ((ANY, Blocks(64, 128, 64, num_warps=4, num_stages=3)),),
         "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=3)),),
     },
     ("sigmoid_weights", "sm_100"): {
@@ -181,8 +197,7 @@ BLOCKS: dict[tuple[str, str], dict[str, tuple[tuple[int, Blocks], ...]]] = {
     ("add_products", "sm_90"): {
         "16bit": (
             (64, Blocks(128, 64, 64, num_warps=8, num_stages=3)),
-            (128, Blocks(128, 128, 64, num_warps=8, num_stages=3)),
-            (ANY, Blocks(128, 256, 32, num_warps=8, num_stages=4)),
+            (ANY, Blocks(128, 128, 64, num_warps=8, num_stages=3)),
         ),
         "fp32": ((ANY, Blocks(128, 64, 32, num_warps=8, num_stages=3)),),
     },

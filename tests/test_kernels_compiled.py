@@ -30,7 +30,7 @@ EXPECTED_MATRIX = {
     ("sm_100", "fp32"): r"tcgen05\.mma\.cta_group::1\.kind::tf32",
     ("gfx942", "fp32"): r"v_mfma_f32_32x32x2_f32",
 }
-KERNELS_WITHOUT_PRODUCT = ("merge",)
+KERNELS_WITHOUT_PRODUCT = ("merge", "exact")
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,20 @@ def test_kernel_equals_the_definition(dtype, k):
     assert_equals_the_definition(base, torch.arange(2, 83, 5), k, exact=dtype == torch.float16)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@interpreted
+def test_exact_products_equal_float64_whatever_they_are_computed_with(dtype):
+    # Only the interpreter's process loads the kernels.
+    from kernels.topk.kernel import exact_products
+
+    base, queries = (rows for rows in towers(40, dims=(150, 150), dtype=dtype))
+    rows, ids = torch.arange(7).repeat_interleave(5), torch.arange(35) % 40
+    found = exact_products(queries, base, rows, ids)
+    expected = (queries[rows].double() * base[ids].double()).sum(1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-15)
+    assert found[11:13].equal(exact_products(queries, base, rows[11:13], ids[11:13]))
+
+
 @interpreted
 def test_everything_excluded_is_counted_by_cause():
     base = towers(90)

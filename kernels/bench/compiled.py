@@ -55,7 +55,8 @@ def main(arguments: Sequence[str]) -> None:
 
         print(estimates_table(read_table(), options.chip))
         return
-    entries = compile_all(options.chip or list(CHIPS))
+    known = {} if options.check or options.anew or not TABLE.exists() else read_table()["entries"]
+    entries = compile_all(options.chip or list(CHIPS), known)
     if options.check:
         differences = compare(read_table()["entries"], entries, options.chip or list(CHIPS))
         print("\n".join([*differences, f"{len(entries)} specialisations, {len(differences)} differences"]))
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--chip", action="append", choices=CHIPS, help="with --check or --roofline: only this chip, repeatable"
     )
+    result.add_argument("--anew", action="store_true", help="compile what has not changed since the table, too")
     result.add_argument("--roofline", action="store_true", help="print estimates made from the table; compiles nothing")
     return result
 
@@ -147,10 +149,10 @@ def _sources(function: triton.JITFunction) -> dict[str, str]:
     return found
 
 
-def compile_all(chips: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Table entries by key. Prints how far it is."""
+def compile_all(chips: Sequence[str], known: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Table entries by key. Those of `known` stand for what their digests say has not changed. Prints how far it is."""
     wanted = list(every_specialisation(chips))
-    done: dict[tuple[str, str], dict[str, Any]] = {}
+    done = {(key.split("/")[0], entry["digest"]): entry for key, entry in known.items()}
     entries = {}
     for number, (key, chip, one) in enumerate(wanted, 1):
         identity = (chip, digest(one))

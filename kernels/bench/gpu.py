@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from kernels.bench.checks import Check, Errors, all_checks, long_rows_check
+from kernels.bench.checks import SHAPES, Check, Errors, all_checks, long_rows_check
 
 FAILURE_EXIT_CODE = 1
 USER_ERROR_EXIT_CODE = 2
@@ -29,7 +29,8 @@ LONG_ROWS_BYTES = 12 << 30
 SANITIZER = "compute-sanitizer"
 SANITIZER_PLACES = ("/usr/local/cuda/bin", "/opt/cuda/bin")
 SANITIZER_SECONDS = 150
-BENCH_BATCHES = (8192, 16384, 32768)
+# Rows of the losses, base pairs of the top-k.
+BENCH_BATCHES, BENCH_PAIRS = (8192, 16384, 32768), (50_000, 500_000)
 BENCH_ROUNDS = 5
 
 
@@ -97,7 +98,7 @@ def _device_of(options: argparse.Namespace) -> torch.device:
 
 
 def _checks(options: argparse.Namespace, device: torch.device) -> Iterator[Check]:
-    for check in all_checks(device, options.backend, max_rows=SMALL_ROWS if options.small else 4096):
+    for check in all_checks(device, options.backend, max_rows=SMALL_ROWS if options.small else SHAPES[-1][0]):
         if options.only in check.name:
             yield check
 
@@ -199,11 +200,11 @@ def benchmarks(
     started, results, left_out = time.monotonic(), [], []
     try:
         for operation in OPERATIONS:
-            for batch in BENCH_BATCHES if operation != "topk" else (None,):
+            for batch in BENCH_PAIRS if operation == "topk" else BENCH_BATCHES:
                 if time.monotonic() > deadline:
-                    left_out.append(operation if batch is None else f"{operation} {batch}")
+                    left_out.append(f"{operation} {batch}")
                     continue
-                for result in measure_all([operation], [batch] if batch else [], BENCH_ROUNDS, device):
+                for result in measure_all([operation], [batch], BENCH_ROUNDS, device):
                     results.append(result)
                     print(table(result), flush=True)
         print(roofline_beside(device))

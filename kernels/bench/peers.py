@@ -46,7 +46,8 @@ def flat_faiss_search(base_NE: Tensor, query_QE: Tensor, num_candidates: int) ->
 
 
 def linear_cross_entropy_twice(image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor) -> Tensor:
-    """The symmetric contrastive loss by torch's own chunked linear_cross_entropy, once in each direction."""
+    """The symmetric contrastive loss by torch's own chunked linear_cross_entropy (torch 2.13 or later), once in each
+    direction."""
     labels_B = torch.arange(len(image_BD), device=image_BD.device)
     options = torch.nn.LinearCrossEntropyOptions()
     both = ((image_BD, text_BD), (text_BD, image_BD))

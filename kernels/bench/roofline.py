@@ -23,7 +23,7 @@ TILE_KERNELS = {
     "topk_sweep": (2, False),
 }
 # Kernels of no product: O(b + G) work beside the b x G of the others.
-WITHOUT_PRODUCT = ("merge",)
+WITHOUT_PRODUCT = ("merge", "exact")
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # float16 rows have float32 weights.
 WEIGHT_BYTES = {"bf16": 2, "fp16": 4, "fp32": 4}

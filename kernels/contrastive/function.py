@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.contrastive import blockwise
 from kernels.contrastive.gradient import gradients
-from kernels.contrastive.hardest import choose_hardest, refine_hardest
+from kernels.contrastive.hardest import Candidates, refine_hardest
 from kernels.contrastive.reference import contrastive_reference
 from kernels.contrastive.state import NUM_NUMBERS, ForwardState, Options, anchors_of, part_of, state_length
 from kernels.rows.function import Layout, Towers, gather_rows, reduce_vector
@@ -57,9 +57,13 @@ def forward(towers: Towers, scale: float, options: Options, layout: Layout) -> t
     own_rows = torch.stack([positive_B, image_off_B, exact_image_off_B, exact_text_off_B], 1)
     positive_G, image_off_G, *exact_off_G = gather_rows(own_rows, layout).unbind(1)
     # Gradients keep the sweep's sums for the rows that they take from the sweep: a row's softmax must sum to one.
-    image_off_G, image_hardest = choose_hardest(image_off_G, exact_off_G[0], positive_G, image_BD.dtype)
-    text_off_G, text_hardest = choose_hardest(text_off_G, exact_off_G[1], positive_G, image_BD.dtype)
+    hard_image, hard_text = (Candidates.of(off_G - positive_G, image_BD.dtype) for off_G in (image_off_G, text_off_G))
     mean_positive_cosine = positive_G.mean() / scale
+    # Together, so that the device is waited for once.
+    host = torch.cat([mean_positive_cosine[None], hard_image.numbers, hard_text.numbers]).tolist()
+    image_numbers, text_numbers = host[1 : 1 + len(hard_image.numbers)], host[1 + len(hard_image.numbers) :]
+    image_off_G, image_hardest = hard_image.choose(image_numbers, image_off_G, exact_off_G[0])
+    text_off_G, text_hardest = hard_text.choose(text_numbers, text_off_G, exact_off_G[1])
     smoothing_cosine = _smoothing_cosine(image_GD, text_GD, mean_positive_cosine, options)
     contrastive = loss_sum / layout.total + scale * smoothing_cosine
     margin_cosine = (image_hinge + text_hinge_AG.sum()) * options.hinge_weight(layout)
@@ -81,7 +85,7 @@ def forward(towers: Towers, scale: float, options: Options, layout: Layout) -> t
         text_hard_row_A=text_hard_row_A,
         margin_cosine=margin_cosine,
         smoothing_cosine=smoothing_cosine,
-        mean_positive_cosine=float(mean_positive_cosine),
+        mean_positive_cosine=host[0],
     )
     loss = contrastive + options.margin_weight * margin
     return [loss, contrastive, margin, image_correct / layout.total, text_correct / layout.total], state
@@ -101,6 +105,9 @@ def _reduce_columns(
     stats: blockwise.Statistics, scale: float, layout: Layout, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log-sum-exp_G, max_G, hinge_AG, active_AG) of the columns over all ranks. Collective: every rank calls."""
+    if layout.world_size == 1:
+        off_G = blockwise.log_sum_exp(stats.column_max_G, stats.column_sum_G, scale, dtype)
+        return off_G, stats.column_max_G, stats.column_hinge_A, stats.column_active_A
     max_G = reduce_vector(stats.column_max_G.clone(), layout, dist.ReduceOp.MAX)
     sum_G = stats.column_sum_G * blockwise.rescale(stats.column_max_G, max_G, scale, dtype)
     packed = reduce_vector(torch.cat([sum_G, stats.column_hinge_A, stats.column_active_A]), layout, dist.ReduceOp.SUM)

@@ -61,24 +61,36 @@ def refine_hardest(
     for j0, j1 in tiles(len(y_GD), column_tile, 1):
         columns = y_GD[j0:j1].double()
         logits = (hard_KD @ columns.T).mul_(scale)
-        logits[partners_among(columns, rows_K + offset - j0)] = -torch.inf
+        fill_partners(logits, rows_K + offset - j0, -torch.inf)
         parts.append(logits.logsumexp(1))
     return off_B.index_copy(0, rows_K, torch.stack(parts).logsumexp(0))
 
 
-def choose_hardest(
-    off_G: Tensor, exact_off_G: Tensor, positive_G: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, list[int]]:
-    """(off_G, in which the hardest rows are exact, and their numbers), or (off_G, []) where they do not matter."""
-    count = num_refined(len(off_G), dtype)
-    margin_G = off_G - positive_G
-    rows_K = torch.topk(margin_G, count).indices
-    square_G = torch.sigmoid(margin_G) ** 2
-    # Together, so that the device is waited for once.
-    share, *rows = torch.cat([(square_G[rows_K].sum() / square_G.sum())[None], rows_K.double()]).tolist()
-    if not share > LEAST_SHARE:
-        return off_G, []
-    return off_G.index_copy(0, rows_K, exact_off_G[rows_K]), [int(row) for row in rows]
+@dataclass(frozen=True)
+class Candidates:
+    """The rows of largest loss of all ranks, and their share of the squares of all rows' gradient weights.
+
+    numbers: [1 + K] share and rows in float64, to be brought to the host with
+    others' numbers at once.
+    """
+
+    rows_K: Tensor
+    numbers: Tensor
+
+    @classmethod
+    def of(cls, margin_G: Tensor, dtype: torch.dtype) -> "Candidates":
+        """margin_G: a row's loss is its softplus. dtype: of the features."""
+        rows_K = torch.topk(margin_G, num_refined(len(margin_G), dtype)).indices
+        square_G = torch.sigmoid(margin_G).square_()
+        share = square_G[rows_K].sum() / square_G.sum()
+        return cls(rows_K, torch.cat([share[None], rows_K.double()]))
+
+    def choose(self, numbers: list[float], off_G: Tensor, exact_off_G: Tensor) -> tuple[Tensor, list[int]]:
+        """(off_G, in which the hardest rows are exact, and their numbers), or (off_G, []) where they do not matter."""
+        share, *rows = numbers
+        if not share > LEAST_SHARE:
+            return off_G, []
+        return off_G.index_copy(0, self.rows_K, exact_off_G[self.rows_K]), [int(row) for row in rows]
 
 
 def add_softmax_terms(
@@ -103,7 +115,7 @@ def add_softmax_terms(
         rows = rows_RD[r0:r1].double()
         cosine = hard_HD @ rows.T
         softmax = torch.exp(scale * cosine - hard.lse_H[:, None])
-        softmax[partners_among(rows, hard.partner_H - r0)] = 0
+        fill_partners(softmax, hard.partner_H - r0, 0.0)
         total += cosine.sub_(cosine_origin).mul_(softmax).sum()
         if d_hard is not None:
             d_hard_HD.addmm_(softmax, rows)
@@ -114,7 +126,10 @@ def add_softmax_terms(
     return total
 
 
-def partners_among(rows_RD: Tensor, partner_H: Tensor) -> tuple[Tensor, Tensor]:
-    """Places in [H, R] of the partners that are among the rows."""
-    inside_H = ((partner_H >= 0) & (partner_H < len(rows_RD))).nonzero()[:, 0]
-    return inside_H, partner_H[inside_H]
+def fill_partners(matrix_HR: Tensor, partner_H: Tensor, value: float) -> None:
+    """Puts `value`, in place, at each row's partner where that is among the columns; the device is not waited for."""
+    num_columns = matrix_HR.shape[1]
+    inside_H = (partner_H >= 0) & (partner_H < num_columns)
+    place_H = partner_H.clamp(0, num_columns - 1)[:, None]
+    before_H = matrix_HR.gather(1, place_H)
+    matrix_HR.scatter_(1, place_H, before_H.masked_fill_(inside_H[:, None], value))

@@ -133,17 +133,30 @@ def statistics_kernel(
     tl.store(column_part_ptr + j_offsets, column_max)
     tl.store(column_part_ptr + column_field + j_offsets, column_sum)
     if ROW_HINGE or COLUMN_HINGE:
-        cosine = _exclude_groups(cosine, offset + i_first, j_first, group_rows, BLOCK_I, BLOCK_J)
-    if ROW_HINGE:
-        threshold = tl.load(row_threshold_ptr + i_first + i_offsets, mask=i_mask, other=float("inf"))
-        excess, active = _hinge(cosine, threshold[:, None])
-        tl.store(row_part_ptr + 2 * row_field + i_offsets, tl.sum(excess, 1))
-        tl.store(row_part_ptr + 3 * row_field + i_offsets, tl.sum(active, 1))
-    if COLUMN_HINGE:
-        threshold = tl.load(column_threshold_ptr + j_first + j_offsets, mask=j_mask, other=float("inf"))
-        excess, active = _hinge(cosine, threshold[None, :])
-        tl.store(column_part_ptr + 2 * column_field + j_offsets, tl.sum(excess, 0))
-        tl.store(column_part_ptr + 3 * column_field + j_offsets, tl.sum(active, 0))
+        # Maxima tell of most tiles of a trained model that no threshold is exceeded, and sums that no NaN hides.
+        reached = 0
+        row_excess, row_active = tl.zeros([BLOCK_I], ACC), tl.zeros([BLOCK_I], ACC)
+        column_excess, column_active = tl.zeros([BLOCK_J], ACC), tl.zeros([BLOCK_J], ACC)
+        if ROW_HINGE:
+            row_threshold = tl.load(row_threshold_ptr + i_first + i_offsets, mask=i_mask, other=float("inf"))
+            reached += tl.max(tl.where((row_max <= row_threshold) & (row_sum == row_sum), 0, 1), 0)
+        if COLUMN_HINGE:
+            column_threshold = tl.load(column_threshold_ptr + j_first + j_offsets, mask=j_mask, other=float("inf"))
+            reached += tl.max(tl.where((column_max <= column_threshold) & (column_sum == column_sum), 0, 1), 0)
+        if reached > 0:
+            cosine = _exclude_groups(cosine, offset + i_first, j_first, group_rows, BLOCK_I, BLOCK_J)
+            if ROW_HINGE:
+                excess, active = _hinge(cosine, row_threshold[:, None])
+                row_excess, row_active = tl.sum(excess, 1), tl.sum(active, 1)
+            if COLUMN_HINGE:
+                excess, active = _hinge(cosine, column_threshold[None, :])
+                column_excess, column_active = tl.sum(excess, 0), tl.sum(active, 0)
+        if ROW_HINGE:
+            tl.store(row_part_ptr + 2 * row_field + i_offsets, row_excess)
+            tl.store(row_part_ptr + 3 * row_field + i_offsets, row_active)
+        if COLUMN_HINGE:
+            tl.store(column_part_ptr + 2 * column_field + j_offsets, column_excess)
+            tl.store(column_part_ptr + 3 * column_field + j_offsets, column_active)
 
 
 @triton.jit(do_not_specialize=["first", "num_parts", "num_rows", "group_rows"])

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kernels.contrastive.blockwise import SHARED_EXPONENT_RANGE, Hinges, Statistics, tiles
 from kernels.contrastive.kernel import merge_kernel, statistics_kernel, weights_kernel
-from kernels.contrastive.settings import merge_settings, statistics_settings, weights_settings
+from kernels.contrastive.settings import merge_settings, statistics_name, statistics_settings, weights_settings
 from kernels.launch import blocks_for, chip_of, num_blocks, require_triton
-from kernels.rows.kernel import Weights, strips
+from kernels.rows.kernel import Weights, aligned_rows, first_columns, strips
 from kernels.rows.precision import accumulation_dtype
 
 # A strip of the forward sweep: parts of 16 bytes for every row and column of a tile, 96 MiB at most, and launches
@@ -39,9 +39,10 @@ def forward_sweep(
     """
     require_triton("forward_sweep", x_BD.device)
     chip, dtype = chip_of(x_BD.device), accumulation_dtype(x_BD.dtype)
-    x_BD, y_GD = x_BD.contiguous(), y_GD.contiguous()
+    x_BD, y_GD = aligned_rows(x_BD), aligned_rows(y_GD)
     diagonal_B = x_BD.new_zeros(len(x_BD), dtype=dtype)
-    blocks = blocks_for("contrastive_statistics", chip, x_BD.dtype, x_BD.shape[1])
+    has_hinge = (hinges.row_A is not None, hinges.column_A is not None)
+    blocks = blocks_for(statistics_name(*has_hinge), chip, x_BD.dtype, x_BD.shape[1])
     scale_1 = torch.full((1,), scale, dtype=dtype, device=x_BD.device)
     rows = _Axis.of(x_BD, blocks.rows, hinges.row_A, hinges.group_rows)
     columns = _Axis.of(y_GD, blocks.columns, hinges.column_A, hinges.group_rows)
@@ -101,13 +102,14 @@ def gradient_sweep(
     ValueError where Triton cannot run.
     """
     require_triton("gradient_sweep", x_BD.device)
-    chip, dtype, dim = chip_of(x_BD.device), accumulation_dtype(x_BD.dtype), x_BD.shape[1]
-    x_BD, y_GD = x_BD.contiguous(), y_GD.contiguous()
+    chip, dtype, width = chip_of(x_BD.device), accumulation_dtype(x_BD.dtype), x_BD.shape[1]
+    x_BD, y_GD = aligned_rows(x_BD), aligned_rows(y_GD)
+    dim = x_BD.shape[1]
     dx_BD = torch.zeros_like(x_BD, dtype=dtype) if want_x else None
     dy_GD = torch.zeros_like(y_GD, dtype=dtype) if want_y else None
-    scale_sum = torch.zeros((), dtype=torch.float64, device=x_BD.device)
+    scale_parts = [torch.zeros(1, dtype=torch.float64, device=x_BD.device)]
     if len(x_BD) == 0 or len(y_GD) == 0 or not (want_x or want_y or want_scale):
-        return dx_BD, dy_GD, scale_sum
+        return first_columns(dx_BD, width), first_columns(dy_GD, width), scale_parts[0][0]
     terms = _softmax_terms(row_lse_B, column_lse_G, row_weight_B, column_weight_G, dtype)
     # Filled on the device: a tensor made of Python numbers would wait for it.
     scalars = [
@@ -123,7 +125,7 @@ def gradient_sweep(
             num_blocks(rows.stop - rows.start, blocks.rows),
             num_blocks(columns.stop - columns.start, blocks.columns),
         )
-        scale_part = torch.empty(grid, dtype=torch.float64, device=x_BD.device)
+        scale_parts.append(torch.empty(grid[0] * grid[1], dtype=torch.float64, device=x_BD.device))
         weights_kernel[grid](
             x_BD,
             y_GD,
@@ -132,7 +134,7 @@ def gradient_sweep(
             *thresholds,
             weights.high,
             weights.low,
-            scale_part,
+            scale_parts[-1],
             rows.start,
             columns.start,
             offset,
@@ -143,13 +145,12 @@ def gradient_sweep(
             weights.stride,
             **settings,
         )
-        if want_scale:
-            scale_sum += scale_part.sum()
         if dx_BD is not None:
             weights.add_products(y_GD[columns], dx_BD[rows], transposed=False)
         if dy_GD is not None:
             weights.add_products(x_BD[rows], dy_GD[columns], transposed=True)
-    return dx_BD, dy_GD, scale_sum
+    scale_sum = torch.cat(scale_parts).sum() if want_scale else scale_parts[0][0]
+    return first_columns(dx_BD, width), first_columns(dy_GD, width), scale_sum
 
 
 @dataclass(frozen=True)

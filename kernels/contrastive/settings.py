@@ -11,12 +11,18 @@ from kernels.rows.kernel import numerics_for, tile_settings
 COMPILE_OPTIONS = {"enable_fp_fusion": False}
 
 
+def statistics_name(row_hinge: bool, column_hinge: bool) -> str:
+    """In the block table: hinges need registers."""
+    return "contrastive_statistics_hinge" if row_hinge or column_hinge else "contrastive_statistics"
+
+
 def statistics_settings(chip: str, dtype: torch.dtype, dim: int, row_hinge: bool, column_hinge: bool) -> dict[str, Any]:
+    name = statistics_name(row_hinge, column_hinge)
     return {
         "ROW_HINGE": row_hinge,
         "COLUMN_HINGE": column_hinge,
-        **tile_settings("contrastive_statistics", chip, dtype, dim),
-        **_launch_settings("contrastive_statistics", chip, dtype, dim),
+        **tile_settings(name, chip, dtype, dim),
+        **_launch_settings(name, chip, dtype, dim),
     }
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,6 +25,8 @@ from kernels.rows.precision import accumulation_dtype
 # The strip's rows of x and y, 24 MiB at D = 1024, stay in the second-level cache meanwhile.
 STRIP_ROWS = 4096
 STRIP_COLUMNS = 8192
+# Of numbers in a row: a compiler knows of such rows that every one starts where a wide load may.
+WIDTH_MULTIPLE = 16
 TRITON_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 
 
@@ -96,6 +99,20 @@ def cosine_tile(
 
 
 @triton.jit
+def _halves(tile, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_I, 2, BLOCK_J // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def quarters(tile, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
+    """A tile's columns in four parts: what is formed of one part at a time needs a quarter of the registers."""
+    left, right = _halves(tile, BLOCK_I, BLOCK_J)
+    first, second = _halves(left, BLOCK_I, BLOCK_J // 2)
+    third, fourth = _halves(right, BLOCK_I, BLOCK_J // 2)
+    return first, second, third, fourth
+
+
+@triton.jit
 def _rounded(weight, dtype: tl.constexpr, INTERPRET: tl.constexpr):
     # The interpreter cuts bfloat16 off where a GPU rounds to nearest even; of a number without the bits that it cuts
     # off, nothing is lost.
@@ -153,13 +170,8 @@ def add_products_kernel(
         first_cell, step = first * stride, BLOCK_K
     high_ptr += first_cell
     low_ptr += first_cell
-    out_cells = i_offsets[:, None] * dim + d_offsets[None, :]
-    out_mask = (i_offsets < num_out - first)[:, None]
-    if not EVEN:
-        out_mask = out_mask & (d_offsets < dim)[None, :]
-    out_ptr += first * dim
-    # Starting from what is there needs fewer registers at the end.
-    total = tl.load(out_ptr + out_cells, mask=out_mask, other=0.0)
+    # From zero in every strip: a matrix unit that cuts its sums off would shrink what is there at every step.
+    total = tl.zeros([BLOCK_I, BLOCK_D], ACC)
     for k in range(0, num_inner, BLOCK_K):
         # Rows beyond the strip are masked although their weights are zero: zero times NaN is not.
         mask = (k_offsets < num_inner - k)[:, None]
@@ -183,7 +195,28 @@ def add_products_kernel(
         rows_ptr += BLOCK_K * dim
         high_ptr += step
         low_ptr += step
-    tl.store(out_ptr + out_cells, total, mask=out_mask)
+    out_ptr += first * dim
+    parts = quarters(total, BLOCK_I, BLOCK_D)
+    for part in tl.static_range(4):
+        d_part = tl.program_id(0) * BLOCK_D + part * (BLOCK_D // 4) + tl.arange(0, BLOCK_D // 4)
+        out_cells = i_offsets[:, None] * dim + d_part[None, :]
+        out_mask = (i_offsets < num_out - first)[:, None]
+        if not EVEN:
+            out_mask = out_mask & (d_part < dim)[None, :]
+        before = tl.load(out_ptr + out_cells, mask=out_mask, other=0.0)
+        tl.store(out_ptr + out_cells, before + parts[part], mask=out_mask)
+
+
+def aligned_rows(rows_ND: Tensor) -> Tensor:
+    """The rows without gaps, zeros appended up to a multiple of WIDTH_MULTIPLE columns: they change no product, and other
+    widths cost a kernel its wide loads and its registers."""
+    missing = -rows_ND.shape[1] % WIDTH_MULTIPLE
+    return F.pad(rows_ND, (0, missing)) if missing else rows_ND.contiguous()
+
+
+def first_columns(rows_ND: Tensor | None, width: int) -> Tensor | None:
+    """What belongs to the rows before `aligned_rows`; None stays None."""
+    return None if rows_ND is None else rows_ND[:, :width].contiguous()
 
 
 def strips(num_x: int, num_y: int) -> Iterator[tuple[slice, slice]]:

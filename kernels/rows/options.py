@@ -1,9 +1,13 @@
 """The part of a loss's settings that says how it is computed, not what."""
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import ClassVar
+from typing import ClassVar, Self
+
+# Of rows whose own terms (not their tiles) are formed together on a GPU: few launches, at 64 MiB for a float64 copy at
+# D = 512.
+GPU_ROWS = 16384
 
 
 @dataclass(frozen=True)
@@ -14,6 +18,13 @@ class SweepOptions:
 
     backend: str = "blockwise"
     gradient_operand: str = "precise"
+
+    def on(self, backend: str) -> Self:
+        """The same settings for the backend that runs in place of "auto"; tiles that suit a processor's cache would cost a
+        GPU a launch each."""
+        if backend != "triton":
+            return replace(self, backend=backend)
+        return replace(self, backend=backend, row_tile=GPU_ROWS, column_tile=GPU_ROWS)
 
     @property
     def sweeps(self) -> ModuleType:

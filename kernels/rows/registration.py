@@ -9,7 +9,7 @@ Shape letters: `B` rows of this rank, `G` rows of all ranks, `D` embedding, `W` 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -233,4 +233,4 @@ def _refuse_second_derivative(loss: Loss) -> Callable[..., None]:
 def _chosen(loss: Loss, values: Sequence[Any], image_BD: Tensor) -> Any:
     """The options with the backend that runs in place of "auto"."""
     options = loss.options(*values)
-    return replace(options, backend=choose_backend(loss.name, options.backend, image_BD.device.type))
+    return options.on(choose_backend(loss.name, options.backend, image_BD.device.type))

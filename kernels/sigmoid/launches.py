@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.launch import blocks_for, chip_of, num_blocks, require_triton
-from kernels.rows.kernel import Weights, strips
+from kernels.rows.kernel import Weights, aligned_rows, first_columns, strips
 from kernels.rows.precision import accumulation_dtype
 from kernels.sigmoid.kernel import negative_sum_kernel, sigmoid_weights_kernel, sum_settings, weight_settings
 
@@ -63,11 +63,12 @@ def gradient_sweep(
     require_triton("sigmoid_contrastive_loss", x_BD.device)
     launch = _Launch("sigmoid_weights", x_BD, y_GD, scale, bias, offset)
     dtype = accumulation_dtype(x_BD.dtype)
-    dx_BD = launch.x_BD.new_zeros(x_BD.shape, dtype=dtype) if want_x else None
-    dy_GD = launch.y_GD.new_zeros(y_GD.shape, dtype=dtype) if want_y else None
+    width = x_BD.shape[1]
+    dx_BD = torch.zeros_like(launch.x_BD, dtype=dtype) if want_x else None
+    dy_GD = torch.zeros_like(launch.y_GD, dtype=dtype) if want_y else None
     totals = torch.zeros(2, dtype=torch.float64, device=x_BD.device)
     if not (want_x or want_y or want_scalars) or 0 in (len(x_BD), len(y_GD)):
-        return dx_BD, dy_GD, totals[0], totals[1]
+        return first_columns(dx_BD, width), first_columns(dy_GD, width), totals[0], totals[1]
     weights = Weights.scratch("sigmoid_weights", x_BD, y_GD, launch.chip, gradient_operand)
     settings = weight_settings(launch.chip, x_BD.dtype, launch.dim, gradient_operand)
     for rows, columns in strips(len(x_BD), len(y_GD)):
@@ -92,16 +93,15 @@ def gradient_sweep(
             weights.add_products(y_rows, dx_BD[rows], transposed=False)
         if dy_GD is not None:
             weights.add_products(x_rows, dy_GD[columns], transposed=True)
-    return dx_BD, dy_GD, totals[0], totals[1]
+    return first_columns(dx_BD, width), first_columns(dy_GD, width), totals[0], totals[1]
 
 
 class _Launch:
     """What the launches of one sweep share."""
 
     def __init__(self, kernel: str, x_BD: Tensor, y_GD: Tensor, scale: float, bias: float, offset: int):
-        # Kernels address rows without gaps.
-        self.x_BD, self.y_GD = x_BD.contiguous(), y_GD.contiguous()
-        self.dim, self.offset, self.chip = x_BD.shape[1], offset, chip_of(x_BD.device)
+        self.x_BD, self.y_GD = aligned_rows(x_BD), aligned_rows(y_GD)
+        self.dim, self.offset, self.chip = self.x_BD.shape[1], offset, chip_of(x_BD.device)
         self.blocks = blocks_for(kernel, self.chip, x_BD.dtype, self.dim)
         self.options = {"num_warps": self.blocks.num_warps, "num_stages": self.blocks.num_stages}
         # As an argument a Python number would be a float32, also for float64 rows.

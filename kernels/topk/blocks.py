@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.launch import chip_of, require_triton
-from kernels.rows.kernel import numerics_for
+from kernels.rows.kernel import aligned_rows, numerics_for
 from kernels.rows.precision import accumulation_dtype
 from kernels.topk.exclusion import ExclusionCount
 from kernels.topk.kernel import NO_COLUMN, Launch, launch_sweep
@@ -77,7 +77,7 @@ class BlockSweep:
         self.chip = chip_of(problem.device)
         self.dtype = problem.query_QD[0].dtype
         self.accumulator = accumulation_dtype(self.dtype)
-        self.queries = [rows_QD.contiguous() for rows_QD in problem.query_QD]
+        self.queries = [aligned_rows(rows_QD) for rows_QD in problem.query_QD]
         number_Q = torch.arange(problem.num_queries, device=problem.device)
         self.norms = [norms(rows_QD, number_Q, f"query {n}") for n, rows_QD in zip(TOWERS, self.queries, strict=True)]
         self.groups = [int32_groups(pair) for pair in problem.groups]
@@ -85,7 +85,7 @@ class BlockSweep:
     def offer(self, ids: slice, threshold_Q: Tensor, excluded: ExclusionCount | None) -> Chunk | None:
         """The entries of the base rows `ids` that may reach their query's threshold, and counts of what is excluded;
         None, and nothing counted, where a buffer was too small."""
-        base = [rows_ND[ids].contiguous() for rows_ND in self.problem.base_ND]
+        base = [aligned_rows(rows_ND[ids]) for rows_ND in self.problem.base_ND]
         errors = self._errors(base, ids)
         found = self._launch(base, ids, threshold_Q, errors)
         if (found.count > self.capacity).any():

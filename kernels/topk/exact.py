@@ -11,6 +11,8 @@ import warnings
 import torch
 from torch import Tensor
 
+from kernels.rows.checks import automatic_backend
+
 # Entries at a time where each needs a copy of its base row, and widest range of base rows that is copied as it is.
 CHUNK = 16384
 WIDEST_RANGE = 8192
@@ -21,6 +23,11 @@ def exact_similarity(query_QD: Tensor, base_ND: Tensor, rows_S: Tensor, ids_S: T
     if len(rows_S) == 0:
         return torch.zeros(0, dtype=torch.float64, device=rows_S.device)
     on_cpu = base_ND.device.type == "cpu"
+    if not on_cpu and automatic_backend("product_topk", base_ND.device.type) == "triton":
+        # Only who has a GPU loads it.
+        from kernels.topk.kernel import exact_products
+
+        return exact_products(query_QD, base_ND, rows_S, ids_S)
     chunk = len(rows_S) if on_cpu and int(ids_S.max() - ids_S.min()) < WIDEST_RANGE else CHUNK
     parts = zip(rows_S.split(chunk), ids_S.split(chunk), strict=True)
     compute = _sampled if on_cpu else _gathered

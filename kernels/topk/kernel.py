@@ -25,6 +25,8 @@ from kernels.topk.problem import CAUSES
 
 # Enough programs for two on every multiprocessor of the largest chips.
 PROGRAMS = 320
+# Of a program of `exact_kernel`.
+EXACT_ENTRIES, EXACT_DEPTH, EXACT_WARPS = 16, 128, 4
 # Stored in place of a bound: to be decided exactly against the ceilings.
 OPEN = -1.0
 NO_COLUMN = 2**31 - 1
@@ -318,6 +320,59 @@ def sweep_settings(chip: str, dtype: torch.dtype, image_dim: int, text_dim: int,
     return {**flags, **even, **settings, "num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
 
 
+@triton.jit(do_not_specialize=["num_entries"])
+def exact_kernel(
+    query_ptr,
+    base_ptr,
+    row_ptr,
+    id_ptr,
+    out_ptr,
+    num_entries,
+    dim,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out[s] = <query[row[s]], base[id[s]]> in float64, summed in an order that depends on the width alone."""
+    entries = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
+    mask = entries < num_entries
+    query_ptr += tl.load(row_ptr + entries, mask=mask, other=0)[:, None] * dim
+    base_ptr += tl.load(id_ptr + entries, mask=mask, other=0)[:, None] * dim
+    d_offsets = tl.arange(0, BLOCK_D)[None, :]
+    total = tl.zeros([BLOCK_S, BLOCK_D], tl.float64)
+    for d in range(0, dim, BLOCK_D):
+        d_mask = d_offsets < dim - d
+        query = _double(tl.load(query_ptr + d + d_offsets, mask=d_mask, other=0.0))
+        total += query * _double(tl.load(base_ptr + d + d_offsets, mask=d_mask, other=0.0))
+    tl.store(out_ptr + entries, tl.sum(total, 1), mask=mask)
+
+
+@triton.jit
+def _double(values):
+    # The interpreter converts 16 bits to float64 by way of their pattern.
+    if values.dtype == tl.float64:
+        return values
+    return values.to(tl.float32).to(tl.float64)
+
+
+def exact_products(query_QD: Tensor, base_ND: Tensor, rows_S: Tensor, ids_S: Tensor) -> Tensor:
+    """float64 [S] dot products of query rows_S with base row ids_S, both int64; any float dtypes."""
+    out_S = torch.empty(len(rows_S), dtype=torch.float64, device=rows_S.device)
+    exact_kernel[(triton.cdiv(len(rows_S), EXACT_ENTRIES),)](
+        query_QD.contiguous(),
+        base_ND.contiguous(),
+        rows_S,
+        ids_S,
+        out_S,
+        len(rows_S),
+        query_QD.shape[1],
+        BLOCK_S=EXACT_ENTRIES,
+        BLOCK_D=EXACT_DEPTH,
+        num_warps=EXACT_WARPS,
+        num_stages=1,
+    )
+    return out_S
+
+
 def specialisations(chip: str, dtype: torch.dtype, dim: int) -> list[Specialisation]:
     """What a search compiles for towers of this width: with nothing but the query itself excluded, and with
     everything."""
@@ -342,4 +397,17 @@ def specialisations(chip: str, dtype: torch.dtype, dim: int) -> list[Specialisat
                 num_stages=settings["num_stages"],
             )
         )
-    return found
+    exact = {"query_ptr": rows, "base_ptr": rows, "row_ptr": "*i64", "id_ptr": "*i64", "out_ptr": "*fp64"}
+    exact |= {"num_entries": "i32", "dim": "i32"}
+    return [
+        *found,
+        Specialisation(
+            kernel="exact",
+            function=exact_kernel,
+            signature=exact,
+            constexprs={"BLOCK_S": EXACT_ENTRIES, "BLOCK_D": EXACT_DEPTH},
+            aligned=aligned_arguments(exact, dim),
+            num_warps=EXACT_WARPS,
+            num_stages=1,
+        ),
+    ]

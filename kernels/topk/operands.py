@@ -20,8 +20,9 @@ FLOAT32_ROUNDING = 2.0**-24
 BFLOAT16_ROUNDING = 2.0**-8
 # Matrix units take this many products at a time.
 DEPTH_MULTIPLE = 32
-# Converted together: copies that stay in cache, of a size that allocators keep at hand.
-ROWS_AT_ONCE = 512
+# Converted together: copies that stay in a processor's cache, of a size that allocators keep at hand. A GPU is better
+# served by few launches.
+ROWS_AT_ONCE, GPU_ROWS_AT_ONCE = 512, 65536
 # Bounds are never less: what underflows in squares and on matrix units lies below its square.
 SMALLEST_BOUND = 2.0**-24
 # Of a row that a bound is proven for; unit rows are far below.
@@ -100,7 +101,7 @@ def _rounded(rows_BD: Tensor, interleave: int) -> tuple[Tensor, Tensor, Tensor]:
     order_BE = torch.empty(interleave, num_groups, depth, dtype=dtype, device=device).transpose(0, 1)
     order_BE[:, :, dim:] = 0
     norms, residuals = ([torch.zeros(0, device=device)] for _ in range(2))
-    step = ROWS_AT_ONCE // interleave
+    step = (ROWS_AT_ONCE if device.type == "cpu" else GPU_ROWS_AT_ONCE) // interleave
     for start in range(0, num_groups, step):
         exact_BD = rows_BD[start * interleave : (start + step) * interleave]
         exact_BD = exact_BD if exact_BD.dtype == torch.float64 else exact_BD.float()

@@ -15,7 +15,8 @@ from kernels.topk.tile import MAXIMUM_OF, TOWERS, BaseTile, base_tile, query_ope
 
 SMALLEST_SAMPLE, LARGEST_SAMPLE = 4096, 65536
 ONE_SAMPLED_OF = 128
-QUERIES_AT_ONCE = 512
+# As for the conversion of operands; on a GPU 256 MiB for the scores of the largest sample.
+QUERIES_AT_ONCE, GPU_QUERIES_AT_ONCE = 512, 2048
 # Standard deviations of the number of a query's k best in a sample, and a few where that number is small.
 SAFETY, SAFETY_BESIDE = 4.5, 3
 
@@ -32,8 +33,9 @@ def guessed_thresholds(problem: Problem) -> Tensor:
         return threshold_Q
     operands = query_operands(problem)
     tile = base_tile(problem, sample(problem.num_base, size).to(problem.device))
-    for start in range(0, problem.num_queries, QUERIES_AT_ONCE):
-        rows = slice(start, min(start + QUERIES_AT_ONCE, problem.num_queries))
+    step = QUERIES_AT_ONCE if problem.device.type == "cpu" else GPU_QUERIES_AT_ONCE
+    for start in range(0, problem.num_queries, step):
+        rows = slice(start, min(start + step, problem.num_queries))
         score_QB = _sampled_scores(problem, rows, [operand.rows_BE[rows] for operand in operands], tile)
         threshold_Q[rows] = _ranked(score_QB, rank)
     return threshold_Q.clamp(min=0)
