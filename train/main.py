@@ -6,6 +6,7 @@ Every field of the recipe is a flag; `python train/main.py RECIPE --help` lists 
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 # `deepspeed train/main.py` puts train/ first on the path, where its modules would shadow others; the root belongs there.
@@ -31,6 +32,10 @@ def usage() -> str:
         "recipes:",
     ]
     lines += [f"  {name:<18}{recipe.__doc__}" for name, recipe in RECIPES.items()]
+    lines += [
+        "",
+        f"`python {PROGRAM} RECIPE --ds_config FILE --plan` says what a run would take (memory, steps), without training.",
+    ]
     lines += ["", f"`python {PROGRAM} RECIPE --help` lists the flags of a recipe with their defaults."]
     return "\n".join(lines)
 
@@ -42,6 +47,9 @@ def main(arguments: Sequence[str]) -> None:
     recipe = arguments[0]
     if recipe not in RECIPES:
         raise ValueError(f"unknown recipe {recipe!r}; {nearest(recipe, RECIPES)}")
+    if "--plan" in arguments:
+        plan(recipe, arguments[1:])
+        return
     config = parse_config(recipe, arguments[1:])
     read_ds_config(config.ds_config)
     if config.data.store:
@@ -59,17 +67,45 @@ def run_training(config: TrainConfig, recipe: str, stop_after: int = 0) -> None:
         train(config, recipe, ranks, stop_after)
 
 
+@dataclass(frozen=True)
+class CommandLine(TrainConfig):
+    """A training run, or its plan."""
+
+    plan: bool = False
+    """print what the run would take, and do not train: memory of a rank, bytes on the wire, steps; needs neither data nor GPUs"""
+    plan_world_size: tuple[int, ...] = (1, 8)
+    """with plan: numbers of ranks, a column for each"""
+
+
+def plan(recipe: str, arguments: Sequence[str]) -> None:
+    """Print the plan of a run; where its data are and where it goes need not be known for it."""
+    command = parse_command_line(recipe, arguments)
+    config = replace(command, out=command.out or "(none)")
+    if not (config.data.store or config.data.shards):
+        config = replace(config, data=replace(config.data, store="(none)"))
+    config.check()
+    ds_config = read_ds_config(config.ds_config)
+    from train.plan_table import print_plan
+
+    print_plan(replace(config, data=command.data), recipe, ds_config, command.plan_world_size)
+
+
 def parse_config(recipe: str, arguments: Sequence[str]) -> TrainConfig:
     """The recipe's defaults with the command line's flags over them."""
-    config = parse(
-        TrainConfig,
+    command = parse_command_line(recipe, arguments)
+    config = TrainConfig(**{field.name: getattr(command, field.name) for field in fields(TrainConfig)})
+    config.check()
+    return config
+
+
+def parse_command_line(recipe: str, arguments: Sequence[str]) -> CommandLine:
+    return parse(
+        CommandLine,
         program=f"{PROGRAM} {recipe}",
         description=RECIPES[recipe].__doc__ or "",
         arguments=arguments,
-        default=TrainConfig(**RECIPES[recipe]()),
+        default=CommandLine(**RECIPES[recipe]()),
     )
-    config.check()
-    return config
 
 
 if __name__ == "__main__":

@@ -72,13 +72,16 @@ def architecture(name: str) -> dict[str, Any]:
     return config
 
 
-def build_model(config: ModelConfig, loss_kind: str = "contrastive") -> tuple[torch.nn.Module, PreprocessCfg]:
+def build_model(
+    config: ModelConfig, loss_kind: str = "contrastive", device: str = "cpu"
+) -> tuple[torch.nn.Module, PreprocessCfg]:
     """A trainable fp32 open_clip model (logit_scale of shape [1], as DeepSpeed needs) and its preprocessing.
 
-    loss_kind "sigmoid" gives it a logit_bias of shape [1].
+    loss_kind "sigmoid" gives it a logit_bias of shape [1]. device "meta" gives a model without memory and without values, whatever
+    `pretrained` says.
     Raises ValueError for an unknown name, or weights that are missing or of another architecture.
     """
-    if config.pretrained and Path(config.pretrained).is_dir():
+    if config.pretrained and Path(config.pretrained).is_dir() and device != "meta":
         folder = checkpoint_folder(config.pretrained)
         model, preprocess = _read_model(folder)
         expected, found = architecture(config.name), json.loads((folder / CONFIG_FILE).read_text())["model_cfg"]
@@ -91,7 +94,11 @@ def build_model(config: ModelConfig, loss_kind: str = "contrastive") -> tuple[to
         try:
             with quiet_root_logger():
                 model = open_clip.create_model(
-                    config.name, pretrained=config.pretrained or None, precision="fp32", nonscalar_logit_scale=True
+                    config.name,
+                    pretrained=config.pretrained if config.pretrained and device != "meta" else None,
+                    precision="fp32",
+                    device=device,
+                    nonscalar_logit_scale=True,
                 )
         except RuntimeError as error:
             raise ValueError(
