@@ -158,7 +158,7 @@ def test_the_offloading_regimes_train_as_shipped_with_deepspeeds_compiled_adamw(
 def test_offload_without_a_compiler_is_refused_by_name(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(
-        ValueError, match=r"offload_optimizer needs g\+\+ and ninja on PATH .* zero_force_ds_cpu_optimizer"
+        ValueError, match=r"offload_optimizer needs g\+\+ and ninja on PATH .*zero_force_ds_cpu_optimizer"
     ):
         check_offload(read_ds_config(SHIPPED[0].parent / "zero2_offload.json"))
 
@@ -176,7 +176,7 @@ def test_nvme_offload_says_what_is_missing(tmp_path, monkeypatch):
     for section in ("offload_optimizer", "offload_param"):
         zero[section]["nvme_path"] = str(tmp_path)
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: False)
-    with pytest.raises(ValueError, match="nvme needs libaio .* apt install libaio-dev"):
+    with pytest.raises(ValueError, match=r"nvme needs libaio .* apt install libaio-dev"):
         check_offload(ds_config)
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
     check_offload(ds_config)
