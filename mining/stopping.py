@@ -6,6 +6,7 @@ written by then is kept, and the same command goes on. `train.supervisor` puts a
 
 import contextlib
 import ctypes
+import errno
 import io
 import os
 import select
@@ -83,7 +84,9 @@ class _LastingFile(io.FileIO):
     def write(self, data: bytes) -> int | None:
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)

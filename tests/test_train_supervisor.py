@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from mining.stopping import EXIT_STOPPED, hearing_stop, run_stoppable
 from tests.ranks import join_group
 from train.data.reading import ReadingNotes
-from train.distributed import Ranks, mean_over_ranks
+from train.distributed import Ranks, connected, mean_over_ranks
 from train.loop import timed
 from train.phases import BACKWARD, DATA, FORWARD, Phases
 from train.supervisor import Stopped, supervised
@@ -229,6 +230,23 @@ def test_a_rank_may_wait_for_others_that_move_on():
     assert hang_report(places, 30.0) is None
     places["rank 1"] = (Place("forward", 12, 31.0), 0.5)
     assert hang_report(places, 30.0).text.splitlines()[1] == "  rank 1 is in forward of step 12 for 32 s"
+
+
+def test_a_single_process_stops_as_well_and_heeds_no_stranger():
+    with connected("cpu") as ranks, supervised(ranks, Phases(), 60.0) as supervisor:
+        assert not supervisor.stops_after(0)
+        for words in (b"GET / HTTP/1.0\r\n\r\n", b'{"kind": "stop", "reason": "a stranger"}\n', b"[1]\n"):
+            with socket.create_connection(supervisor.line.socket.getpeername()) as stranger:
+                stranger.settimeout(20)
+                stranger.sendall(words)
+                assert stranger.recv(1) == b""
+        assert not supervisor.stops_after(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        step, deadline = 2, time.monotonic() + 20
+        while not supervisor.stops_after(step):
+            assert time.monotonic() < deadline
+            step += 1
+        assert supervisor.reason.startswith("SIGTERM at rank 0 (process ")
 
 
 def told(reasons: list[str]) -> None:

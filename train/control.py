@@ -55,7 +55,12 @@ class Line:
         if not data:
             return None
         *whole, self._rest = (self._rest + data).split(b"\n")
-        return [json.loads(line) for line in whole]
+        try:
+            messages = [json.loads(line) for line in whole]
+        except ValueError:
+            # No rank: somebody who tries ports.
+            return None
+        return messages if all(isinstance(message, dict) for message in messages) else None
 
     def close(self) -> None:
         self.socket.close()
@@ -110,7 +115,8 @@ class Hub:
     agreement: Agreement | None = None
 
     def __post_init__(self) -> None:
-        self.selector, self.decide_at_s, self.leave_at_s = selectors.DefaultSelector(), 0.0, float("inf")
+        self.selector = selectors.DefaultSelector()
+        self.decide_at_s, self.leave_at_s, self.beat_at_s = 0.0, float("inf"), 0.0
         self.closing = threading.Event()
         self.selector.register(self.listener, selectors.EVENT_READ)
         self.thread = threading.Thread(target=self._serve, name="control hub", daemon=True)
@@ -160,6 +166,8 @@ class Hub:
             return None
         peer = Peer(message["rank"], line, message["host"], message["process"], time.monotonic())
         self.peers[peer.rank] = peer
+        if self.agreement and self.saves:
+            line.send("hold")
         return peer
 
     def _take(self, peer: Peer, message: dict[str, Any]) -> None:
@@ -175,12 +183,10 @@ class Hub:
             self._agree()
         elif kind == "failed":
             self.failures.append(Failure(peer.rank, message["code"], message["text"], is_said=True))
-            waits = message["is_mistake"] and peer.rank
-            self.decide_at_s = (
-                time.monotonic() + MISTAKE_WAIT_S * bool(waits)
-                if len(self.failures) == 1 or not waits
-                else self.decide_at_s
-            )
+            if not message["is_mistake"] or peer.rank == 0:
+                self.decide_at_s = 0.0
+            elif len(self.failures) == 1:
+                self.decide_at_s = time.monotonic() + MISTAKE_WAIT_S
 
     def _stop(self, reason: str) -> None:
         if self.agreement or self.verdict or self.failures:
@@ -195,6 +201,8 @@ class Hub:
 
     def _agree(self) -> None:
         here = [peer for peer in self.peers.values() if not peer.has_left]
+        if len(self.peers) < self.world_size:
+            return
         if self.agreement and self.agreement.step is None and all(peer.begun is not None for peer in here):
             self.agreement.step = max((peer.begun for peer in here), default=0)
             self._tell_all("stop_after", step=self.agreement.step, reason=self.agreement.reason)
@@ -217,7 +225,9 @@ class Hub:
                 self._tell_all("leave", code=self.verdict.code)
                 self.leave_at_s = float("inf")
             return
-        self._tell_all_now_and_then(now_s)
+        if now_s >= self.beat_at_s:
+            self.beat_at_s = now_s + beat_pause_s(self.hang_timeout_s)
+            self._tell_all("beat")
         places = {str(peer): (peer.place, now_s - peer.heard_s) for peer in self.peers.values() if not peer.has_left}
         report = hang_report(places, self.hang_timeout_s)
         if report:
@@ -225,11 +235,6 @@ class Hub:
             self._decide(
                 Failure(-1, EXIT_HANG, report.text, is_said=False), kill=[[peer.host, peer.process] for peer in silent]
             )
-
-    def _tell_all_now_and_then(self, now_s: float) -> None:
-        if now_s >= getattr(self, "_next_beat_s", 0.0):
-            self._next_beat_s = now_s + beat_pause_s(self.hang_timeout_s)
-            self._tell_all("beat")
 
     def _decide(self, failure: Failure, kill: Sequence[Sequence[Any]] = ()) -> None:
         """The reason why the job ends, said once: by the rank itself when it can."""
