@@ -18,7 +18,7 @@ MAX_RESTARTS=${MAX_RESTARTS-100}
 # Where job output goes.
 LOG_FOLDER=${LOG_FOLDER-slurm-logs}
 # A disk of each node's own, for what is fetched of a remote store; all ranks of a node share it and later jobs find it.
-NODE_CACHE=${NODE_CACHE-"${TMPDIR:-/tmp}/hardpair-$USER"}
+NODE_CACHE=${NODE_CACHE-"${TMPDIR:-/tmp}/hardpair-$(id -un)"}
 
 # Run on every node before python: modules, environment, network settings.
 prepare_node() {

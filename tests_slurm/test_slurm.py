@@ -161,3 +161,27 @@ def test_the_whole_pipeline_runs_by_dependencies(site, store, tmp_path):
         assert scores["zeroshot/shape/top1"]["count"] == 12
     # Both ranks of the mining job embedded: its output names the work of two.
     assert (work / "pairs" / "manifest.json").is_file()
+
+
+def test_what_is_fetched_of_a_remote_store_goes_to_the_nodes_own_disk(site):
+    def arguments(store: str) -> list[str]:
+        script = 'source slurm/job.sh; with_node_cache --data.cache recipe --data.store "$1" --note "two words"'
+        environment = {**site.settings, "NODE_CACHE": "/scratch/me"}
+        return site.cluster.run("bash", "-c", script, "-", store, **environment).stdout.splitlines()
+
+    local = ["recipe", "--data.store", "data/cc12m", "--note", "two words"]
+    assert arguments("data/cc12m") == local
+    remote = arguments("s3://bucket/cc12m")
+    assert remote[-2:] == ["--data.cache", "/scratch/me/cc12m"]
+    assert remote[:-2] == [*local[:2], "s3://bucket/cc12m", *local[3:]]
+
+
+def test_mistakes_in_a_command_are_named(site):
+    for command, words in (
+        (["pipeline.sh", "--stoer", "x"], "does not know --stoer"),
+        (["pipeline.sh", "--store", "x"], "--suite is missing"),
+        (["submit.sh", "pretrian"], "slurm/pretrian.sbatch is no file"),
+    ):
+        done = site.cluster.run(str(ROOT / "slurm" / command[0]), *command[1:], check=False)
+        assert done.returncode == 2
+        assert words in done.stderr
