@@ -3,23 +3,26 @@
 import json
 import math
 import re
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from tests.tiny_world import program, python, tiny_store, training_flags
+from tests.ranks import run_on_ranks
+from tests.tiny_world import program_environment, tiny_store, train_here, training_flags
 from train.config import AugmentConfig, TrainConfig
-from train.reproduce import compare, config_from_json, differences, read_manifest
-from train.run_manifest import code_state, package_versions
+from train.reproduce import compare, config_from_json, differences, main, read_manifest
+from train.run_manifest import ROOT, code_state, command, package_versions, read_starts
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of three steps, as a user makes it."""
+    """A run of three steps."""
     folder = tmp_path_factory.mktemp("reproduce")
     store = tiny_store(folder, num_hues=8)
-    program(*python("train/main.py", "pocket-pretrain", *training_flags(store.path, folder / "run", max_steps=3)))
+    flags = training_flags(store.path, folder / "run", max_steps=3, trackers="", threads=1)
+    run_on_ranks(train_here, 1, [flag for flag in flags if flag])
     return folder / "run"
 
 
@@ -30,25 +33,35 @@ def test_the_manifest_says_what_the_run_was_made_of(run):
     assert manifest["store_fingerprint"] == store["fingerprint"]
     assert manifest["versions"]["torch"].startswith("2.")
     assert re.fullmatch("[0-9a-f]{40}", manifest["commit"])
-    assert manifest["command"][:2] == ["train/main.py", "pocket-pretrain"]
     assert manifest["seeds"]["data_order"] == 0
     assert manifest["deepspeed"]["gradient_accumulation_steps"] == 1
-    (start,) = [json.loads(line) for line in (run / "starts.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert manifest["pair_flop"] > 1e6
+    (start,) = read_starts(run)
     assert (start["step"], start["world_size"], start["commit"]) == (0, 1, manifest["commit"])
+    assert not (run / "tensorboard").exists(), "--trackers alone: nowhere"
+
+
+def test_the_command_is_without_what_a_launcher_adds(monkeypatch):
+    program = str(ROOT / "train" / "main.py")
+    monkeypatch.setattr(sys, "argv", [program, "--local_rank=1", "pocket-pretrain", "--out", "x"])
+    assert command() == ["train/main.py", "pocket-pretrain", "--out", "x"]
 
 
 @pytest.mark.slow
-def test_the_first_steps_come_out_equal_to_the_last_bit_and_another_loss_is_found(run):
-    done = program(*python("-m", "train.reproduce", str(run), "--check", "2"))
-    assert "nothing differs" in done.stdout
-    assert "reproduced: equal to the last bit" in done.stdout
-    assert not list(run.parent.glob("run-again"))
+def test_first_steps_come_out_equal_to_the_last_bit_and_another_loss_is_found(run, capsys, monkeypatch):
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    edited = {**json.loads(lines[0]), "loss": 3.0}
-    (run / "metrics.jsonl").write_text("\n".join([json.dumps(edited), *lines[1:]]) + "\n", encoding="utf-8")
-    done = program(*python("-m", "train.reproduce", str(run), "--check", "1"), check=False)
-    assert done.returncode == 1
-    assert "not reproduced: largest relative difference" in done.stdout
+    edited = {**json.loads(lines[1]), "loss": 3.0}
+    (run / "metrics.jsonl").write_text("\n".join([lines[0], json.dumps(edited), lines[2]]) + "\n", encoding="utf-8")
+    for name, value in program_environment().items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        main([str(run), "--check", "2"])
+    printed = capsys.readouterr().out
+    assert ended.value.code == 1
+    assert "nothing differs" in printed
+    assert re.search(r"^ +1 +\S+ +\S+ +0\.0e\+00$", printed, re.MULTILINE)
+    assert "not reproduced: largest relative difference" in printed
+    assert sorted(path.name for path in run.parent.iterdir()) == ["run", "shards", "store"]
 
 
 def manifest_of(folder: Path, **changes) -> dict:

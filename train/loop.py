@@ -182,8 +182,9 @@ class StepOutcome:
 def train_step(engine: Engine, config: TrainConfig, batch: RankBatch, rate: float) -> StepOutcome:
     """Forward, loss over all ranks' rows, backward, optimizer step. What is not finite changes nothing.
 
-    The loss is the same number on every rank, and so is what a reduced gradient holds, so all skip together. The one thing read from the
-    device is the answer, finite or not, that the optimizer needs before it steps. Collective: every rank calls.
+    The loss is the same number on every rank, and so is what a reduced gradient holds, so all skip together. Nothing is read from the
+    device here. What waits for it all the same, once a step: the loss's operation, for its scalars and the ranks' row counts; DeepSpeed,
+    for its answer, finite or not, before it steps; the clamp of the temperature. Collective: every rank calls.
     """
     if config.micro_batch_size:
         return cached_train_step(engine, config, batch, rate)

@@ -1,0 +1,64 @@
+"""The trainer's benchmark: every contender runs, figures are those of the rounds, mistakes are named."""
+
+import json
+
+import pytest
+
+from train.bench.__main__ import BenchConfig, describe, main, make_report, part_report
+from train.ingest import bench as ingest_bench
+
+
+def test_ratios_are_of_medians_and_of_rounds():
+    rates = {"ours": [100.0, 120.0, 90.0], "bare_loop": [110.0, 100.0, 100.0]}
+    found = part_report(rates, "bare_loop", {"step_ms": 1.0}, 50)
+    assert found["ratio_of_medians"] == pytest.approx(1.0)
+    # 0.909, 1.2, 0.9
+    assert found["median_of_ratios"] == pytest.approx(100 / 110)
+    assert found["median_step_ms"] == {"ours": 500.0, "bare_loop": 500.0}
+
+
+def test_the_report_has_no_paths_and_its_text_names_both():
+    where = {"step_ms": 10.0, "forward_ms": 4.0, "slowest_data_wait_ms": 9.0}
+    rounds = {"memory": {"ours": [99.0], "bare_loop": [100.0]}}
+    report = make_report(rounds, {"memory": where}, BenchConfig(shards=("/secret/a.tar",)))
+    assert "/secret" not in json.dumps(report)
+    text = describe(report)
+    assert "ours / bare_loop: 0.990 (median of rounds 0.990)" in text
+    assert "our step, ms: step 10.0, forward 4.0\n" in text + "\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch-size", "7"], "--batch-size 7 must be a multiple of --ranks 2"),
+        (["--rounds", "0"], "--rounds 0 must be at least 1"),
+    ],
+)
+def test_senseless_sizes_are_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        main(flags)
+
+
+@pytest.mark.slow
+def test_every_contender_trains_on_one_rank(tmp_path, monkeypatch):
+    """In this process, a group of its own: what several ranks do is each the same."""
+    from train.bench import contenders
+
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    made = ingest_bench.BenchConfig(num_pairs=24, pairs_per_shard=12, side=32)
+    settings = {
+        **{"parts": ["memory", "tars"], "model": "pocket-rn", "ds_config": "ds_configs/cpu.json", "device": "cpu"},
+        **{"threads": 1, "batch_size": 8, "steps": 2, "rounds": 1, "workers": 0},
+        **{"folder": str(tmp_path), "shards": [str(ingest_bench.make_tars(tmp_path / "tars", made))]},
+    }
+    (tmp_path / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+    contenders.main(str(tmp_path / "settings.json"), str(tmp_path / "result.json"))
+    found = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    assert {part: sorted(rates) for part, rates in found["rounds"].items()} == {
+        "memory": ["bare_loop", "ours"],
+        "tars": ["open_clip", "ours"],
+    }
+    assert all(rate > 0 for rates in found["rounds"].values() for rounds in rates.values() for rate in rounds)
+    for where in found["ours_ms_a_step"].values():
+        parts = [ms for name, ms in where.items() if name not in ("step_ms", "slowest_data_wait_ms")]
+        assert sum(parts) == pytest.approx(where["step_ms"], rel=0.05)
