@@ -33,6 +33,7 @@ PROGRAM = "python -m train.reproduce"
 DESCRIPTION = f"""Compare a run's code, packages and data with today's, then train it again from its recorded settings.
 
 Example: {PROGRAM} runs/pretrain --check 5
+
 Example: {PROGRAM} runs/pretrain --out runs/again
 
 Exit code 1 when the losses of --check differ from the recorded ones by more than --tolerance."""

@@ -20,6 +20,7 @@ DESCRIPTION = f"""What is wrong here, one line for each check, with the remedy: 
 meet; and with the flags of a run its memory regime, model, data and disk.
 
 Example: {PROGRAM}
+
 Example: {PROGRAM} pocket-pretrain --ds-config ds_configs/cpu.json --data.store data/cc12m --out runs/a --ranks 2
 
 Exit code 1 when something is broken, 0 with warnings alone."""

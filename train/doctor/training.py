@@ -35,9 +35,10 @@ def memory_regime(path: str) -> tuple[list[Finding], dict[str, Any]]:
         return [], {}
     try:
         content = read_ds_config(path)
-        from train.engine import check_zero_section
+        from train.engine import check_offload, check_zero_section
 
         check_zero_section(path, content)
+        check_offload(content)
     except ValueError as error:
         return [broken("ds_config", str(error), "ds_configs/README.md says what may stand there")], {}
     stage = content.get("zero_optimization", {}).get("stage", 0)
