@@ -62,7 +62,9 @@ class StepCost:
         return {"tflops_per_rank": tflops, "mfu": tflops / self.peak_tflops if self.peak_tflops else None}
 
 
-def step_cost(towers: torch.nn.Module, image_size: tuple[int, int], ds_config: dict[str, Any], device: torch.device):
+def step_cost(
+    towers: torch.nn.Module, image_size: tuple[int, int], ds_config: dict[str, Any], device: torch.device
+) -> StepCost:
     """Count and look up, on the rank that logs. The towers as train.model builds them, before an engine has them."""
     dtype = training_dtype(ds_config)
     peak, source = peak_tflops(device, dtype)
