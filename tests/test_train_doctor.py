@@ -223,7 +223,10 @@ def test_ranks_meet_and_add_up():
 
 @pytest.mark.parametrize(
     ("code", "message"),
-    [("import sys; sys.exit('no route to host')", "rank 0: no route to host"), ("input()", "did not meet within 1 s")],
+    [
+        ("import sys; sys.exit('no route to host')", "rank 0: no route to host"),
+        ("import time; time.sleep(30)", "did not meet within 1 s"),
+    ],
 )
 def test_ranks_that_fail_or_never_meet_are_broken(monkeypatch, code, message):
     monkeypatch.setattr(round_trip, "TIMEOUT_S", 1.0)

@@ -128,7 +128,7 @@ def tars(config: TrainConfig, ranks: int) -> list[Finding]:
                 f"--data.shard-lanes {len(found)}, or smaller tars",
             )
         )
-    return findings + disk([source.path for source in found])
+    return findings + disk([source.url for source in found])
 
 
 def store(config: TrainConfig, ranks: int) -> list[Finding]:
