@@ -14,8 +14,8 @@ on_every_rank() {
     MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
     export MASTER_ADDR MASTER_PORT
     # No --kill-on-bad-exit: it kills ranks that are about to leave by themselves after a signal. A rank that fails takes the others
-    # down itself, in five seconds at most; --wait ends those that never met, before they repeat what rank 0 has said of a mistake.
-    srun --kill-on-bad-exit=0 --wait=8 --cpus-per-task="$CPUS_PER_RANK" bash slurm/rank.sh "$@"
+    # down itself; --wait ends those that never met. Shorter, and it would kill ranks that leave with the code of a mistake after rank 0.
+    srun --kill-on-bad-exit=0 --wait=30 --cpus-per-task="$CPUS_PER_RANK" bash slurm/rank.sh "$@"
 }
 
 # with_node_cache FLAG ARGUMENTS...: the arguments, one a line, and FLAG with a folder on the node's own disk when a store is remote.

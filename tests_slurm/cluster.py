@@ -3,6 +3,7 @@
 Everything that it starts ends with `Cluster.stop`, also what jobs have left.
 """
 
+import ctypes
 import os
 import shutil
 import signal
@@ -61,6 +62,11 @@ def missing_programs() -> list[str]:
     return [name for name in PROGRAMS if shutil.which(name, path=places) is None]
 
 
+def end_with_tests() -> None:
+    """In a daemon before it starts: the kernel ends it when the tests are killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
 class Cluster:
     """munged, slurmctld and slurmd of both nodes. Needs root."""
 
@@ -107,7 +113,14 @@ class Cluster:
     def _daemon(self, *command: str) -> None:
         log = open(self.folder / f"{'-'.join((command[0], *command[3:]))[:20].replace('/', '_')}.out", "w")  # noqa: SIM115
         self.daemons.append(
-            subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+            subprocess.Popen(
+                command,
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=end_with_tests,
+            )
         )
         log.close()
 

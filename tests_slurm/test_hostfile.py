@@ -10,6 +10,7 @@ import pytest
 
 from tests.test_mining_stopping import ends
 from tests.tiny_world import ROOT, deepspeed, free_port, program_environment, tiny_store, training_flags
+from tests_slurm.cluster import end_with_tests
 
 SERVER = """
 Port {port}
@@ -48,7 +49,10 @@ def nodes(tmp_path_factory):
         (folder / f"{name}.conf").write_text(SERVER.format(port=port, folder=folder, name=name))
         client += CLIENT.format(port=port, folder=folder, name=name)
         servers.append(
-            subprocess.Popen(["/usr/sbin/sshd", "-D", "-f", folder / f"{name}.conf", "-E", folder / f"{name}.log"])
+            subprocess.Popen(
+                ["/usr/sbin/sshd", "-D", "-f", folder / f"{name}.conf", "-E", folder / f"{name}.log"],
+                preexec_fn=end_with_tests,
+            )
         )
     (folder / "ssh_config").write_text(client)
     (folder / "hostfile").write_text("".join(f"{name} slots=1\n" for name in NODES))
