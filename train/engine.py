@@ -16,13 +16,13 @@ import torch
 
 from train.config import OptimConfig
 from train.distributed import Ranks
-from train.ds_config import check_regime, offload_device
+from train.ds_config import check_regime, offload_device, precision
 from train.model import SCALARS, attention_for
 from train.phases import BACKWARD, FORWARD, STEP, Phases, book_reductions
 from train.random_state import random_state
 from train.schedule import parameter_groups
 from train.tensor_files import PieceFiles, piece_key
-from train.training_state import BUFFER, Moments, TrainingState, own_range, tensor_shapes
+from train.training_state import BUFFER, WEIGHT, Moments, TrainingState, own_range, tensor_shapes
 
 
 def check_zero_section(path: str | Path, ds_config: dict[str, Any]) -> None:
@@ -112,6 +112,9 @@ class Engine:
                     },
                 },
             }
+            # DeepSpeed makes the fp32 masters of 16-bit weights from the rounded weights.
+            rounds = precision(ds_config) in ("bf16", "fp16")
+            exact = {name: weight.detach().clone() for name, weight in module.named_parameters()} if rounds else {}
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=module,
                 model_parameters=parameter_groups(module.named_parameters(), optim.wd),
@@ -129,6 +132,7 @@ class Engine:
         self.world_size, self.rank = ranks.world_size, ranks.rank
         self.rounds_weights = self.module.clip.logit_scale.dtype != torch.float32
         self.state = TrainingState(self.engine, rank=self.rank, world_size=self.world_size)
+        self._set_masters(exact)
         self._refresh_log_scale()
 
     def forward(self, image_BCHW: torch.Tensor, text_BL: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -216,6 +220,14 @@ class Engine:
         safe_set_local_fp32_param(scale, clamped)
         with zero.GatheredParameters([scale], modifier_rank=0), torch.no_grad():
             scale.clamp_(0, self.max_log_scale)
+
+    def _set_masters(self, exact: dict[str, torch.Tensor]) -> None:
+        """Give the masters of trained weights the values in `exact`, {name: float32, whole}."""
+        with torch.no_grad():
+            for held in self.state.held():
+                if held.kind == WEIGHT and held.name in exact and held.tensor.dtype == torch.float32:
+                    values = exact[held.name].reshape(-1)[held.start : held.start + held.tensor.numel()]
+                    held.tensor.copy_(values.view(held.tensor.shape))
 
     def _refresh_log_scale(self) -> None:
         """Let the next forward use the fp32 masters of the scalars: bfloat16 would make 2.6562 of 2.6503, and 99 of a limit of 100."""
