@@ -1,12 +1,13 @@
 """Rows of the embedding arrays, read without keeping them: neither arrays nor file pages of size N x D stay in memory.
 
-The arrays are memory maps. A page once touched counts as the process's until it is dropped, so every read here copies what
-it needs and drops the pages; the system's page cache keeps them for the next pass.
+The arrays are memory maps. A page once touched counts as the process's until it is dropped, so rows that stay are copied, a
+block of the base is dropped when the next one comes, and the system's page cache keeps them for the next pass.
 
 Shape letters: N pairs, B rows of one block, D embedding width.
 """
 
 import mmap
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -69,7 +70,7 @@ def row_bytes(rows_ND: np.ndarray) -> int:
 
 @dataclass(frozen=True)
 class BaseBlock:
-    """Rows start..start+B of both towers, float16 on the stream's device; valid until the next block is asked for."""
+    """Rows start..start+B of both towers, float16 on the stream's device, to be read only; valid until the next block is asked for."""
 
     start: int
     image_BD: torch.Tensor
@@ -100,7 +101,22 @@ class BaseStream:
         for start in range(first, last, self.block_rows):
             stop = min(start + self.block_rows, last)
             following = (stop, min(stop + self.block_rows, last))
-            yield self._block(start, stop, following, stays=within is None)
+            if self.device.type == "cpu":
+                yield self._mapped_block(start, stop, following)
+            else:
+                yield self._block(start, stop, following, stays=within is None)
+        for array in self._arrays:
+            drop_pages(array)
+
+    def _mapped_block(self, start: int, stop: int, following: tuple[int, int]) -> BaseBlock:
+        """The rows where they are: pages that are read anyway need no copy. Those of earlier blocks are dropped."""
+        for array in self._arrays:
+            drop_pages(array)
+            announce(array, *following)
+        with warnings.catch_warnings():
+            # That a map is read-only: nobody writes to a block.
+            warnings.simplefilter("ignore", UserWarning)
+            return BaseBlock(start, *(torch.from_numpy(array[start:stop]) for array in self._arrays))
 
     def _block(self, start: int, stop: int, following: tuple[int, int], *, stays: bool) -> BaseBlock:
         kept = None if self.resident is None else self.resident.get(start)
@@ -110,7 +126,7 @@ class BaseStream:
             rows = min(self.block_rows, len(self.problem))
             # Pinned: copied to the GPU without another copy in between.
             self.buffers = [
-                torch.empty(rows, array.shape[1], dtype=torch.float16, pin_memory=self.device.type == "cuda")
+                torch.empty(rows, array.shape[1], dtype=torch.float16, pin_memory=True)
                 for array in self._arrays
             ]
         tensors = []
