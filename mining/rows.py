@@ -126,8 +126,7 @@ class BaseStream:
             rows = min(self.block_rows, len(self.problem))
             # Pinned: copied to the GPU without another copy in between.
             self.buffers = [
-                torch.empty(rows, array.shape[1], dtype=torch.float16, pin_memory=True)
-                for array in self._arrays
+                torch.empty(rows, array.shape[1], dtype=torch.float16, pin_memory=True) for array in self._arrays
             ]
         tensors = []
         for buffer, array in zip(self.buffers, self._arrays, strict=True):

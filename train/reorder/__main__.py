@@ -40,8 +40,8 @@ Training with hard pairs then reads a store from remote storage or slow disks al
 
 Pair ids are new: train with --data.store OUT --data.pairs OUT/pairs, and --data.store_shuffle_block so that the order of an epoch
 keeps what is near together. OUT/old_ids.npy has the old id of every new one; `mining.main verify` checks OUT/pairs against the
-embeddings of the store as it was. When the data grows, append to the old store and table, then reorder again. Needs the room of the store once more. Killed? Run the
-same command again: shards that are written are kept."""
+embeddings of the store as it was. When the data grows, append to the old store and table, then reorder again. Needs the room of
+the store once more. Killed? Run the same command again: shards that are written are kept."""
 PLAN_NAME = "reorder.json"
 PLAN_VERSION = 1
 OLD_IDS_NAME = "old_ids.npy"
