@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from tests.ranks import run_on_ranks
 from tests.tiny_world import TINY_VIT, program, python, tiny_store, train_here, training_flags
+from train.data.replaced import ReplacedPictures
 
 REGIMES = {
     "stage_0": {"zero_optimization": {"stage": 0}},
@@ -131,3 +132,10 @@ def test_five_random_kills_leave_no_trace():
     done = program(*python("-m", "tests.stress", "--kills", "5", "--steps", "12", "--kinds", "pairs"), timeout=900)
     assert "5 kills in" in done.stdout
     assert " 0 differ" in done.stdout
+
+
+def test_pictures_replaced_after_the_checkpoint_are_named_once(tmp_path):
+    path = tmp_path / "undecodable_rank1.tsv"
+    path.write_text("2\ta.tar/7: torn\n4\tb.tar/9: torn\n5\tc.tar/1: torn\n6\tc.t", encoding="utf-8")
+    ReplacedPictures(tmp_path, 1, first_step=4)
+    assert path.read_text(encoding="utf-8") == "2\ta.tar/7: torn\n4\tb.tar/9: torn\n"

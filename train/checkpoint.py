@@ -127,8 +127,8 @@ class CheckpointSaver:
         failed = int(max_over_ranks(self.ranks.world_size - self.ranks.rank if self._error else 0))
         self.check()
         if failed:
-            raise RuntimeError(
-                f"the checkpoint of step {self.saved_step} failed on rank {self.ranks.world_size - failed}"
+            raise ValueError(
+                f"the checkpoint of step {self.saved_step} failed on rank {self.ranks.world_size - failed}, which says why"
             )
 
     def _write(self, temporary: Path, final: Path, described: dict[str, Any]) -> None:

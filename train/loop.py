@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from train.checkpoint import CheckpointSaver, find_checkpoint, restore, step_folder
+from train.checkpoint import CheckpointSaver, find_checkpoint, restore, saved_steps, step_folder
 from train.config import TrainConfig
 from train.data.loader import RankBatch, StepDataset, step_loader
 from train.data.reading import ReadingNotes
@@ -58,12 +58,12 @@ def _train(config: TrainConfig, recipe: str, ranks: Ranks, supervisor: Superviso
     seed_generators(config.seed)
     ds_config = read_ds_config(config.ds_config)
     check_zero_section(config.ds_config, ds_config)
+    if saved_steps(run):
+        check_same_run(run, config)
     model, preprocess = build_model(config.model, config.loss.kind)
     towers = TwoTowers(model, preprocess)
     start = find_checkpoint(run, ranks, towers)
     first_step = start.step if start else 0
-    if start:
-        check_same_run(run, config)
     dataset = _dataset(config, ranks, preprocess.size)
     num_steps = config.num_steps(dataset.steps_per_epoch)
     last_step = min(num_steps, stop_after or num_steps)
@@ -112,7 +112,8 @@ def _train(config: TrainConfig, recipe: str, ranks: Ranks, supervisor: Superviso
     if resumed:
         log.say(resumed)
 
-    clock, replaced = StepClock(phases, ranks.world_size, ranks.device, cost), ReplacedPictures(run, ranks.rank)
+    clock = StepClock(phases, ranks.world_size, ranks.device, cost)
+    replaced = ReplacedPictures(run, ranks.rank, first_step)
     skipped = SkippedSteps(run, ranks.rank, config.max_skipped_steps, first_step)
     dataset.notes = ReadingNotes(config.data.workers)
     supervisor.reading = dataset.notes.now
