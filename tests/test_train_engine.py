@@ -123,8 +123,8 @@ def losses_of_steps(rank: int, world_size: int, stems: list[str], torch_adam: bo
     batch, found = RankBatch(image_GCHW, text_GL, torch.arange(NUM_ROWS), NUM_ROWS, 0), {}
     for stem in stems:
         ds_config = read_ds_config(SHIPPED[0].parent / f"{stem}.json")
-        if torch_adam and "offload" in stem:
-            ds_config["zero_force_ds_cpu_optimizer"] = False
+        if not torch_adam:
+            ds_config["zero_force_ds_cpu_optimizer"] = True
         engine = Engine(
             TwoTowers(tiny_model(CELL), PreprocessCfg()), ds_config, optim, batch_size=NUM_ROWS, ranks=ranks
         )

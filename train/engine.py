@@ -35,14 +35,15 @@ def check_zero_section(path: str | Path, ds_config: dict[str, Any]) -> None:
         raise ValueError(f"{path}: zero_optimization: {error}") from error
 
 
-def uses_deepspeed_adam(ds_config: dict[str, Any]) -> bool:
-    """Whether AdamW is DeepSpeed's for CPUs, several times as fast as torch's there; it is compiled when it is first used."""
-    return offload_device(ds_config, "optimizer") != "none" and ds_config.get("zero_force_ds_cpu_optimizer", True)
+def uses_deepspeed_adam(ds_config: dict[str, Any], device_type: str) -> bool:
+    """Whether AdamW is DeepSpeed's for CPUs, compiled when it is first used: where a GPU would wait for it, or the JSON says so."""
+    asked = ds_config.get("zero_force_ds_cpu_optimizer", device_type == "cuda")
+    return offload_device(ds_config, "optimizer") != "none" and asked
 
 
-def check_offload(ds_config: dict[str, Any]) -> None:
+def check_offload(ds_config: dict[str, Any], device_type: str = "cuda") -> None:
     """Raises ValueError when this machine lacks what the JSON's offload needs: a compiler, libaio, the NVMe folder."""
-    if uses_deepspeed_adam(ds_config):
+    if uses_deepspeed_adam(ds_config, device_type):
         missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
         if missing:
             raise ValueError(
@@ -84,7 +85,7 @@ class Engine:
         phases: Phases | None = None,
     ) -> None:
         check_regime(ds_config)
-        check_offload(ds_config)
+        check_offload(ds_config, ranks.device.type)
         with quiet_deepspeed():
             import deepspeed
 
@@ -108,7 +109,7 @@ class Engine:
                         "lr": optim.lr,
                         "betas": [optim.beta1, optim.beta2],
                         "eps": optim.eps,
-                        "torch_adam": not uses_deepspeed_adam(ds_config),
+                        "torch_adam": not uses_deepspeed_adam(ds_config, ranks.device.type),
                     },
                 },
             }
