@@ -285,6 +285,7 @@ class Engine:
                 files = own_pieces if held.kind == BUFFER else pieces
                 values = files.read(held.kind, held.name, held.start, held.tensor.numel())
                 held.tensor.copy_(values.view(held.tensor.shape))
+        self.state.count_on(moments.last_step)
         self.state.refresh_weights()
         self.state.restore_counters(counters)
         self._refresh_log_scale()

@@ -96,6 +96,15 @@ class TrainingState:
             for name, value in counters["loss_scale"].items():
                 setattr(self.engine.optimizer.loss_scaler, name, value)
 
+    def count_on(self, last_step: int) -> None:
+        """Let DeepSpeed's CPU Adam go on as it would have: it keeps the powers of beta itself, and rounds them by how it came to them."""
+        if not last_step or not hasattr(self.base, "ds_opt_adam"):
+            return
+        beta1, beta2 = self.base.param_groups[0]["betas"]
+        nothing = [torch.zeros(8) for _ in range(4)]
+        # Learning rate, epsilon, decay, bias correction: any, on tensors that nobody uses.
+        self.base.ds_opt_adam.adam_update(self.base.opt_id, last_step, 0.0, beta1, beta2, 1e-8, 0.0, True, *nothing)
+
     def refresh_weights(self) -> None:
         """Make what forward uses from the masters. Collective: every rank calls."""
         if self.stage in (1, 2):
