@@ -6,7 +6,7 @@ POCKET ?= full
 # Test files that run at once; each test computes on one thread or starts processes of its own.
 TEST_WORKERS ?= 2
 
-.PHONY: install quickstart test lint bench gpu clean
+.PHONY: install quickstart test test-full test-slurm stress lint bench gpu clean
 
 install: $(VENV)/.installed
 
@@ -25,6 +25,19 @@ endif
 
 test: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+
+# The whole matrix of ways to one gradient, of which `make test` takes a part: hours on two cores.
+test-full: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m full
+
+# Jobs on a Slurm of two nodes on this host, and over ssh. As root on Debian: what is missing is installed.
+test-slurm: install
+	tests_slurm/install.sh
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests_slurm
+
+# A run that is killed fifty times at random, beside one that is not.
+stress: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress --kills 50
 
 lint: install
 	$(BIN)/ruff check .

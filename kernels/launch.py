@@ -84,7 +84,7 @@ def chip_of(device: torch.device) -> str:
 def blocks_for(kernel: str, chip: str, dtype: torch.dtype, dim: int) -> Blocks:
     """The table's entry for features of this dtype and D = dim; ValueError for a kernel or chip that it lacks."""
     if chip == INTERPRETER:
-        return INTERPRETED
+        return INTERPRETED_PRODUCT if kernel == "add_products" else INTERPRETED
     if (kernel, chip) not in BLOCKS:
         raise ValueError(f"no blocks for kernel={kernel!r} on chip={chip!r}: known are {sorted(BLOCKS)}")
     table = BLOCKS[kernel, chip]
@@ -102,8 +102,10 @@ def _width(dtype: torch.dtype) -> str:
 
 
 ANY = 1 << 62
-# Small, so that small tests cross the edges of blocks.
+# Small, so that small tests cross the edges of blocks; deeper than rows' widths are multiples of, so that a depth has one.
 INTERPRETED = Blocks(16, 16, 32, num_warps=4, num_stages=1)
+# As deep as a tile has columns: a product reads whole tiles of weights.
+INTERPRETED_PRODUCT = Blocks(16, 16, 16, num_warps=4, num_stages=1)
 DOUBLE = ((ANY, Blocks(32, 32, 16, num_warps=4, num_stages=2)),)
 # kernel, chip -> width of the dtype -> (largest D, blocks), in ascending order of D. float64 takes DOUBLE everywhere.
 BLOCKS: dict[tuple[str, str], dict[str, tuple[tuple[int, Blocks], ...]]] = {
