@@ -2,7 +2,7 @@
 # The whole story as jobs that wait for each other: pretrain, mine, refine, and an evaluation of both models.
 #
 #   slurm/pipeline.sh --store data/cc12m --suite suites/imagenet.json --ds_config ds_configs/zero1_bf16.json --out work/cc12m \
-#       --pretrain "cc12m-pretrain --model.name ViT-B-16" --refine "cc12m-refine --model.name ViT-B-16" [--mine "--k 50"]
+#       --pretrain "cc12m-pretrain --model.name ViT-B-16" --refine "helip-refine --model.name ViT-B-16" [--mine "--k 50"]
 #
 # --pretrain and --refine: a recipe and its flags. When a job fails, those behind it are cancelled; one that is preempted goes back to the
 # queue and they wait on.

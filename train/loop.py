@@ -32,7 +32,7 @@ from train.loss import Terms, batch_gradients, batch_loss, term_values
 from train.metrics import MetricsLog, StepClock
 from train.model import MODEL_FILES, SCALARS, TwoTowers, build_model, build_tokenizer
 from train.phases import CHECKPOINT, DATA, LOGGING, LOSS, Phases
-from train.random_state import seed_generators
+from train.random_state import seed_generators, seed_random_state
 from train.run_manifest import write_run_manifest
 from train.schedule import learning_rate
 from train.skipped import SkippedSteps
@@ -72,6 +72,8 @@ def _train(config: TrainConfig, recipe: str, ranks: Ranks, supervisor: Superviso
     barrier()  # every rank has read the run folder before rank 0 writes to it
     cost = step_cost(towers, dataset.image_size, ds_config, ranks.device) if ranks.is_main else None
     engine = Engine(towers, ds_config, config.optim, batch_size=config.batch_size, ranks=ranks, phases=phases)
+    # Weights were drawn alike on all ranks; what a step drops is each rank's own.
+    seed_random_state(config.seed, 0, ranks.rank)
     resumed = restore(start, engine, ranks, config.seed) if start else ""
     saver = CheckpointSaver(
         run,

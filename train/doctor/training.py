@@ -35,10 +35,12 @@ def memory_regime(path: str) -> tuple[list[Finding], dict[str, Any]]:
         return [], {}
     try:
         content = read_ds_config(path)
+        import torch
+
         from train.engine import check_offload, check_zero_section
 
         check_zero_section(path, content)
-        check_offload(content)
+        check_offload(content, "cuda" if torch.cuda.is_available() else "cpu")
     except ValueError as error:
         return [broken("ds_config", str(error), "ds_configs/README.md says what may stand there")], {}
     stage = content.get("zero_optimization", {}).get("stage", 0)
