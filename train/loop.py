@@ -19,7 +19,6 @@ import torch
 from train.checkpoint import CheckpointSaver, find_checkpoint, restore, saved_steps, step_folder
 from train.config import TrainConfig
 from train.data.loader import RankBatch, StepDataset, step_loader
-from train.data.reading import ReadingNotes
 from train.data.replaced import ReplacedPictures
 from train.data.shard_index import local_tars, prepare_index
 from train.data.tar_stream import TarStream
@@ -117,7 +116,6 @@ def _train(config: TrainConfig, recipe: str, ranks: Ranks, supervisor: Superviso
     clock = StepClock(phases, ranks.world_size, ranks.device, cost)
     replaced = ReplacedPictures(run, ranks.rank, first_step)
     skipped = SkippedSteps(run, ranks.rank, config.max_skipped_steps, first_step)
-    dataset.notes = ReadingNotes(config.data.workers)
     supervisor.reading = dataset.notes.now
     if first_step < last_step and supervisor.stops_after(first_step):
         raise Stopped

@@ -108,10 +108,11 @@ class Supervisor:
         """
         if isinstance(error, Stopped) or self.ranks.world_size == 1:
             return False
-        self._is_leaving = True
         if is_lost_connection(error):
-            # Mostly the echo of another rank's failure, which the hub knows or is about to.
+            # Mostly the echo of another rank's failure, which the hub knows or is about to. Should the hub itself be gone, the listening
+            # thread says so and ends this process.
             self._wait_for_verdict(LAST_WORDS_S)
+        self._is_leaving = True
         if self._verdict is None:
             last_line = f"{type(error).__name__}: {error}".strip()
             is_mistake = isinstance(error, MISTAKES)

@@ -65,7 +65,7 @@ class StepDataset(Dataset[RankBatch]):
         self.store = PairStore.open(config.store, cache=config.cache or None)
         self.table = open_pair_table(config, self.store)
         self.image_size = image_size
-        self.notes = ReadingNotes(0)
+        self.notes = ReadingNotes()
         self.conflict_group_N = (
             conflict_groups(self.store.caption_group_N, self.store.image_group_N)
             if config.keep_duplicates_apart
@@ -185,7 +185,8 @@ class _ErrorsAsItems(Dataset[RankBatch | ValueError]):
 def step_loader(
     dataset: Dataset[RankBatch], *, start_step: int, stop_step: int, workers: int, pin_memory: bool
 ) -> Iterator[RankBatch]:
-    """Batches of the steps `start_step .. stop_step - 1`, in order. Raises ValueError where the data set does."""
+    """Batches of the steps `start_step .. stop_step - 1`, in order, of a data set with reading notes. Raises ValueError where it does."""
+    dataset.notes.make_room(workers)
     loader = DataLoader(
         _ErrorsAsItems(dataset) if workers else dataset,
         batch_size=None,

@@ -12,15 +12,19 @@ NOTE_BYTES = 512
 
 
 class ReadingNotes:
-    """One note a worker, and one for a rank that reads by itself. Make it before the workers are forked."""
+    """One note a worker, and one for a rank that reads by itself."""
 
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
-        self._memory = mmap.mmap(-1, NOTE_BYTES * max(1, workers))
+    def __init__(self, workers: int = 0) -> None:
+        self.make_room(workers)
 
     def __reduce__(self) -> tuple[type["ReadingNotes"], tuple[int]]:
         # In a process that was not forked, notes reach nobody.
         return ReadingNotes, (self.workers,)
+
+    def make_room(self, workers: int) -> None:
+        """For so many workers, which are forked after this call. What was noted is gone."""
+        self.workers = workers
+        self._memory = mmap.mmap(-1, NOTE_BYTES * max(1, workers))
 
     def note(self, what: str) -> None:
         """Called by whoever reads, before the read; "" after it."""

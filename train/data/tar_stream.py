@@ -57,7 +57,7 @@ class TarStream(Dataset[RankBatch]):
         self.index, self.config, self.augment, self.tokenizer = index, config, augment, tokenizer
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.image_size = image_size
-        self.files, self.notes = TarFiles(index), ReadingNotes(0)
+        self.files, self.notes = TarFiles(index), ReadingNotes()
         self.order = self._order(0)
         self.steps_per_epoch = self.order.num_steps
         smallest = len(index) // self.steps_per_epoch
