@@ -26,7 +26,7 @@ endif
 test: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
-# The whole matrix of ways to one gradient, of which `make test` takes a part: hours on two cores.
+# The whole matrix of ways to one gradient, of which `make test` takes a part, and DeepSpeed's AdamW compiled for offload: half an hour on two cores.
 test-full: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m full
 
