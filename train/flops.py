@@ -7,12 +7,15 @@ MFU counts what the mathematics needs: not the second forward pass of activation
 """
 
 import copy
+import logging
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+logger = logging.getLogger(__name__)
 
 # Dense TFLOP/s of 16-bit and of 32-bit matrix products (TF32 where the device has it), by a part of torch's name for the device. The first
 # match counts, so longer names come first.
@@ -90,8 +93,9 @@ def flop_of_a_pair(towers: torch.nn.Module, image_size: tuple[int, int], context
         with torch.random.fork_rng(devices=[]), FlopCounterMode(display=False) as counter:
             outputs = twin(image_BCHW, text_BL)
             sum(output.sum() for output in outputs if output.requires_grad).backward()
-    except (RuntimeError, NotImplementedError):
-        # A tower that looks at values (a text tower of another library, for example) has none there; then MFU is not known.
+    except RuntimeError as error:
+        # A tower that looks at values (a text tower of another library, for example) has none there.
+        logger.warning("MFU will not be known, the model can't be counted without memory: %s", error)
         return None
     return counter.get_total_flops() / 2
 

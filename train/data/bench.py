@@ -32,7 +32,7 @@ from train.clip_library import open_clip
 from train.config import AugmentConfig, DataConfig
 from train.data.augment import augment_picture
 from train.data.loader import StepDataset, step_loader
-from train.data.peers import open_clip_batches
+from train.data.peers import open_clip_data
 from train.data.shard_index import ShardIndex, build_index, local_tars
 from train.data.tar_stream import TarStream
 from train.ingest import bench as ingest_bench
@@ -159,7 +159,7 @@ def make_loaders(index: ShardIndex, store_folder: Path, config: BenchConfig) -> 
             yield batch.image_BCHW, batch.text_BL
 
     def peer(transform: Callable[[Any], torch.Tensor], epoch: int) -> Batches:
-        return open_clip_batches(
+        return open_clip_data(
             [shard.path for shard in index.shards],
             num_samples=len(index),
             batch_size=config.batch_size,
@@ -167,7 +167,7 @@ def make_loaders(index: ShardIndex, store_folder: Path, config: BenchConfig) -> 
             seed=epoch,
             transform=transform,
             tokenizer=tokenizer,
-        )
+        ).dataloader
 
     def same_transform(picture: Any) -> torch.Tensor:
         return augment_picture(picture, AUGMENT, (size, size), random.getrandbits(63))

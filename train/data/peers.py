@@ -6,7 +6,7 @@ In: tars, a transform of PIL pictures, a tokenizer. Out: its batches (pictures, 
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from types import ModuleType
@@ -14,29 +14,6 @@ from typing import Any
 
 import torch
 from webdataset.tariterators import tar_file_expander
-
-
-def open_clip_batches(
-    tars: Sequence[str],
-    *,
-    num_samples: int,
-    batch_size: int,
-    workers: int,
-    seed: int,
-    transform: Callable[[Any], torch.Tensor],
-    tokenizer: Callable[[str], torch.Tensor],
-) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-    """One epoch of `open_clip_data` for one process."""
-    return open_clip_data(
-        tars,
-        num_samples=num_samples,
-        batch_size=batch_size,
-        workers=workers,
-        seed=seed,
-        transform=transform,
-        tokenizer=tokenizer,
-        world_size=1,
-    ).dataloader
 
 
 def open_clip_data(
@@ -48,7 +25,7 @@ def open_clip_data(
     seed: int,
     transform: Callable[[Any], torch.Tensor],
     tokenizer: Callable[[str], torch.Tensor],
-    world_size: int,
+    world_size: int = 1,
 ) -> Any:
     """`open_clip_train.data.get_wds_dataset` with the settings of a training run; batch_size: of a rank."""
     arguments = argparse.Namespace(
