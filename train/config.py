@@ -9,6 +9,7 @@ from typing import Literal
 from train.trackers import check_trackers
 
 Partners = Literal["mined", "random"]
+ObjectiveName = Literal["clip", "slip", "cl2l", "siamlip", "byolip", "barlip", "swalip"]
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,109 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class ObjectiveConfig:
+    """Which method is trained: its heads, its views of each pair, and the weights of its terms. CLIP's loss on the weak views stays that of
+    `loss` in all of them, so that HELIP's hard pairs and margin go with every method."""
+
+    name: ObjectiveName = "clip"
+    """clip: the loss alone; slip: with SimCLR on two strong image views; cl2l: weak and strong views of both towers, each with own heads
+    (CLIP-rocket); siamlip, byolip, barlip, swalip: cl2l with cross-modal SimSiam, BYOL, Barlow Twins, SwAV"""
+    num_strong_views: int = 2
+    """strong views of each pair, beside the weak one (of its picture alone for slip)"""
+    ssl_weight: float = 1.0
+    """weight of the method's own term beside the contrastive ones: SimCLR's of slip, SimSiam's of siamlip and byolip, Barlow Twins' of
+    barlip (times barlow_scale), the swapped assignment's of swalip"""
+    strong_label_smoothing: float = 0.1
+    """label smoothing of the contrastive targets between strong views (cl2l and what is built on it)"""
+    strong_temperature: float = 0.1
+    """temperature of the strong views' own scale at the start; it is learned"""
+    reduction: Literal["avg", "sum"] = "avg"
+    """cl2l: the weak term and the strong ones as a mean over views, or twice that"""
+    text_dropout: float = 0.0
+    """dropout of the strong texts alone, on what enters each block of the text tower; that tower is then not recomputed under
+    model.grad_checkpointing"""
+    text_drop_path: float = 0.0
+    """stochastic depth of the strong texts alone: how often a block of the text tower is passed by; else as text_dropout"""
+    head_width: int = 4096
+    """hidden width of SimCLR's head and of the strong heads"""
+    head_dim: int = 256
+    """width of what those heads give"""
+    simclr_temperature: float = 0.1
+    """slip: temperature of SimCLR's loss, fixed"""
+    siam_width: int = 2048
+    """siamlip, byolip: hidden width of projectors and predictors"""
+    siam_dim: int = 128
+    """siamlip, byolip: width of what those give"""
+    barlow_width: int = 3000
+    """barlip: hidden width of the projectors"""
+    barlow_dim: int = 8192
+    """barlip: width of what they give"""
+    barlow_scale: float = 0.025
+    """barlip: factor of Barlow Twins' loss"""
+    barlow_off_diagonal: float = 0.005
+    """barlip: weight of the off-diagonal correlations"""
+    sinkhorn_epsilon: float = 0.05
+    """swalip: temperature of the assignments"""
+    sinkhorn_iterations: int = 3
+    """swalip: normalisations of rows and columns"""
+    separate_heads: bool = False
+    """siamlip, byolip, barlip: heads of their own for weak and for strong views, instead of shared weights"""
+    teacher_momentum: float = 0.99
+    """byolip: share of the teacher's weights that a step keeps; the rest comes from the trained ones"""
+    legacy_gradients: bool = False
+    """the published implementations' gradients, for comparison: gathers without gradient in the contrastive terms of cl2l and those built
+    on it, Barlow Twins' divided by the number of ranks"""
+
+    def check(self) -> None:
+        """Raises ValueError for a value that has no meaning, naming its flag."""
+        if self.num_strong_views < 1:
+            raise ValueError(f"objective.num_strong_views={self.num_strong_views} must be at least 1")
+        if self.name in ("slip", "swalip") and self.num_strong_views != 2:
+            raise ValueError(
+                f"objective.num_strong_views={self.num_strong_views} does not go with --objective.name {self.name}, which compares two"
+            )
+        for name in ("strong_label_smoothing", "text_dropout", "text_drop_path", "teacher_momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"objective.{name}={getattr(self, name)} must be from 0 to less than 1")
+        for name in ("strong_temperature", "simclr_temperature", "sinkhorn_epsilon"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"objective.{name}={getattr(self, name)} must be positive")
+        if self.strong_temperature > 1:
+            raise ValueError(
+                f"objective.strong_temperature={self.strong_temperature} must be at most 1: scales stay above 1"
+            )
+        for name in ("ssl_weight", "barlow_scale", "barlow_off_diagonal"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"objective.{name}={getattr(self, name)} must be 0 or more")
+        widths = (
+            "head_width",
+            "head_dim",
+            "siam_width",
+            "siam_dim",
+            "barlow_width",
+            "barlow_dim",
+            "sinkhorn_iterations",
+        )
+        for name in widths:
+            if getattr(self, name) < 1:
+                raise ValueError(f"objective.{name}={getattr(self, name)} must be at least 1")
+        if self.name == "swalip" and self.strong_label_smoothing:
+            raise ValueError(
+                f"objective.strong_label_smoothing={self.strong_label_smoothing} does not go with --objective.name swalip; make it 0"
+            )
+
+
+# The strong pictures of SLIP and CLIP-rocket: their published lists, blur apart.
+STRONG_AUGMENT = AugmentConfig(
+    scale=(0.08, 1.0),
+    horizontal_flip_prob=0.5,
+    color_jitter=(0.4, 0.4, 0.4, 0.1),
+    color_jitter_prob=0.8,
+    gray_scale_prob=0.2,
+)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A training run."""
 
@@ -177,7 +281,10 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    strong_augment: AugmentConfig = STRONG_AUGMENT
+    """augmentation of the strong views, for objectives that have them; weak views, and CLIP, take `augment`"""
     loss: LossConfig = field(default_factory=LossConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     batch_size: int = 4096
     """pairs in a global batch, over all ranks, hard pairs included"""
@@ -219,6 +326,7 @@ class TrainConfig:
         self.data.check()
         check_trackers(self.trackers)
         self.loss.check()
+        self.objective.check()
         if self.model.lock_image and self.model.lock_text:
             raise ValueError("model.lock_image and model.lock_text leave no tower to train; lock one of them")
         if self.epochs <= 0 and self.max_steps <= 0:

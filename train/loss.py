@@ -50,9 +50,14 @@ def batch_gradients(
     return BatchGradients(found.terms, found.d_image_BD, found.d_text_BD, d_scalars)
 
 
+def term_tensors(terms: Terms) -> dict[str, torch.Tensor]:
+    """Every term by its name, 0-d, detached."""
+    return {field.name: getattr(terms, field.name).detach() for field in fields(terms)}
+
+
 def term_values(terms: Terms) -> dict[str, float]:
     """Every term by its name."""
-    return {field.name: getattr(terms, field.name).item() for field in fields(terms)}
+    return {name: tensor.item() for name, tensor in term_tensors(terms).items()}
 
 
 def _options(config: TrainConfig) -> dict[str, Any]:

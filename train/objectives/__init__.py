@@ -1,0 +1,21 @@
+"""What is minimised: one objective for each method, by its name in the recipe."""
+
+from train.config import TrainConfig
+from train.objectives.clip import ClipObjective
+from train.objectives.objective import Encoded, Objective, Outputs, Terms, TowerWidths
+
+OBJECTIVES: dict[str, type[Objective]] = {"clip": ClipObjective}
+
+
+def build_objective(config: TrainConfig, widths: TowerWidths) -> Objective:
+    """The objective of `config.objective.name`, its heads freshly drawn from torch's generator, fp32.
+
+    Raises ValueError for a name that is not there.
+    """
+    name = config.objective.name
+    if name not in OBJECTIVES:
+        raise ValueError(f"objective.name={name!r} is not one of {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name](config, widths)
+
+
+__all__ = ["Encoded", "Objective", "Outputs", "Terms", "TowerWidths", "build_objective"]

@@ -1,0 +1,25 @@
+"""CLIP's objective: the loss of train/loss.py on the weak views, without heads."""
+
+from typing import Any
+
+import torch
+
+from train.loss import batch_loss, term_tensors
+from train.objectives.objective import Encoded, Objective, Outputs, Terms
+
+
+class ClipObjective(Objective):
+    """The contrastive or sigmoid loss of the recipe, HELIP's margin included."""
+
+    def forward(self, encoded: Encoded, teacher: Outputs | None) -> Outputs:
+        return {"image": encoded.image[0], "text": encoded.text[0]}
+
+    def loss(
+        self,
+        outputs: Outputs,
+        encoded_scalars: tuple[torch.Tensor, ...],
+        teacher_outputs: Outputs | None,
+        group: Any,
+    ) -> Terms:
+        found = batch_loss(self.config, outputs["image"], outputs["text"], encoded_scalars)
+        return Terms(found.loss, term_tensors(found))
