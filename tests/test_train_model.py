@@ -11,9 +11,8 @@ import torch
 from open_clip.transform import PreprocessCfg
 from PIL import Image
 
+from train.architecture import CLIP_VOCABULARY_SIZE, MODEL_CONFIG_FOLDER
 from train.model import (
-    CLIP_VOCABULARY_SIZE,
-    MODEL_CONFIG_FOLDER,
     ModelConfig,
     TwoTowers,
     build_model,
@@ -154,7 +153,7 @@ def test_a_hugging_face_text_tower_gets_the_library_that_is_otherwise_left_out(t
     configs = tmp_path / "configs"
     configs.mkdir()
     (configs / "tiny-bert.json").write_text(json.dumps({"embed_dim": 8, "vision_cfg": vision, "text_cfg": text}))
-    monkeypatch.setattr("train.model.MODEL_CONFIG_FOLDER", configs)
+    monkeypatch.setattr("train.architecture.MODEL_CONFIG_FOLDER", configs)
     model, _ = build_model(ModelConfig(name="tiny-bert"))
     assert type(model.text.transformer).__name__ == "BertModel"
     assert model.encode_text(torch.ones(2, 8, dtype=torch.int64)).shape == (2, 8)

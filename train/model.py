@@ -5,38 +5,41 @@ A checkpoint folder holds `open_clip_config.json` and `open_clip_model.safetenso
 """
 
 import contextlib
-import functools
-import gzip
 import json
-import logging
 import math
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mining.manifest import MANIFEST_NAME, fingerprint, write_json_atomically
-from train.clip_library import PreprocessCfg, import_text_library, open_clip
+from train.architecture import (
+    CONFIG_FILE,
+    MERGES_FILE,
+    Tokenizer,
+    architecture,
+    build_tokenizer,
+    first_merges,
+    has_own_merges,
+    prepare_libraries,
+    quiet_root_logger,
+    tokenizer_of,
+)
+from train.clip_library import PreprocessCfg, open_clip
 from train.config import ModelConfig
 from train.tensor_files import FileSum, write_tensors
 
-MODEL_CONFIG_FOLDER = Path(__file__).parent / "model_configs"
-CONFIG_FILE, WEIGHTS_FILE, MERGES_FILE = "open_clip_config.json", "open_clip_model.safetensors", "bpe.txt.gz"
+WEIGHTS_FILE = "open_clip_model.safetensors"
 MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, MERGES_FILE)
-# 256 bytes, the same as word ends, and the two special tokens: what a vocabulary holds besides its merges.
-NUM_BASE_TOKENS = 514
-CLIP_VOCABULARY_SIZE = 49408
 SIGLIP_LOG_SCALE, SIGLIP_BIAS = math.log(10), -10.0
 # What a model learns beside its towers, one number each.
 SCALARS = ("logit_scale", "logit_bias")
 
-Tokenizer = Callable[[str | list[str]], torch.Tensor]
+__all__ = ["architecture", "attention_for", "build_model", "build_tokenizer", "load_model", "save_model"]
 
 
 @dataclass(frozen=True)
@@ -52,24 +55,6 @@ class LoadedModel:
     name: str
     checkpoint_hash: str
     folder: Path
-
-
-def architecture(name: str) -> dict[str, Any]:
-    """The open_clip model config of `name`. Raises ValueError listing near names when there is none."""
-    open_clip.add_model_config(MODEL_CONFIG_FOLDER)
-    config = open_clip.get_model_config(name)
-    if config is None:
-        near = [known for known in open_clip.list_models() if name.lower()[:5] in known.lower()][:5]
-        raise ValueError(
-            f"model.name={name!r} is neither an open_clip model nor one of train/model_configs"
-            + (
-                f"; close to it: {', '.join(near)}"
-                if near
-                else "; `python -c 'import open_clip; print(open_clip.list_models())'`"
-            )
-        )
-    import_text_library(config)
-    return config
 
 
 def build_model(
@@ -132,33 +117,6 @@ def fit_scalars(model: torch.nn.Module, loss_kind: str) -> None:
             model.logit_scale.fill_(SIGLIP_LOG_SCALE)
 
 
-def build_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a model by name: open_clip's, or its first merges alone where the vocabulary is smaller than CLIP's."""
-    return _tokenizer_of(architecture(name), name)
-
-
-def _tokenizer_of(model_config: dict[str, Any], name: str, merges: Path | None = None) -> Tokenizer:
-    text = model_config["text_cfg"]
-    vocabulary_size = text.get("vocab_size", CLIP_VOCABULARY_SIZE)
-    if vocabulary_size >= CLIP_VOCABULARY_SIZE or "hf_tokenizer_name" in text:
-        return open_clip.get_tokenizer(name)
-    keywords = {"context_length": text.get("context_length", 77), **(text.get("tokenizer_kwargs") or {})}
-    if merges is not None:
-        return open_clip.SimpleTokenizer(bpe_path=str(merges), **keywords)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / MERGES_FILE
-        path.write_bytes(_first_merges(vocabulary_size))
-        return open_clip.SimpleTokenizer(bpe_path=str(path), **keywords)
-
-
-@functools.cache
-def _first_merges(vocabulary_size: int) -> bytes:
-    """CLIP's merge list cut so that the vocabulary has `vocabulary_size` tokens, gzipped, same bytes every time."""
-    with gzip.open(open_clip.tokenizer.default_bpe(), "rt", encoding="utf-8") as file:
-        lines = [line for _, line in zip(range(1 + vocabulary_size - NUM_BASE_TOKENS), file, strict=False)]
-    return gzip.compress("".join(lines).removesuffix("\n").encode(), mtime=0)
-
-
 def save_model(folder: Path, name: str, state_dict: Mapping[str, torch.Tensor], preprocess: PreprocessCfg) -> None:
     """Write what plain `open_clip.create_model_and_transforms("local-dir:FOLDER")` loads: fp32 weights and the config."""
     config = architecture(name)
@@ -169,9 +127,8 @@ def save_model(folder: Path, name: str, state_dict: Mapping[str, torch.Tensor], 
     write_json_atomically(
         folder / CONFIG_FILE, {"model_cfg": config, "preprocess_cfg": asdict(preprocess), "hardpair_name": name}
     )
-    vocabulary_size = config["text_cfg"].get("vocab_size", CLIP_VOCABULARY_SIZE)
-    if vocabulary_size < CLIP_VOCABULARY_SIZE and "hf_tokenizer_name" not in config["text_cfg"]:
-        (folder / MERGES_FILE).write_bytes(_first_merges(vocabulary_size))
+    if has_own_merges(config):
+        (folder / MERGES_FILE).write_bytes(first_merges(config["text_cfg"]["vocab_size"]))
 
 
 class ExportedTensors(Mapping[str, torch.Tensor]):
@@ -203,7 +160,7 @@ def load_model(checkpoint: str | Path, device: str | torch.device = "cpu") -> Lo
     return LoadedModel(
         model.eval().requires_grad_(False).to(device),
         open_clip.transform.image_transform_v2(preprocess, is_train=False),
-        _tokenizer_of(config["model_cfg"], config["hardpair_name"], merges if merges.is_file() else None),
+        tokenizer_of(config["model_cfg"], config["hardpair_name"], merges if merges.is_file() else None),
         config["hardpair_name"],
         fingerprint((folder / WEIGHTS_FILE).read_bytes()),
         folder,
@@ -212,7 +169,7 @@ def load_model(checkpoint: str | Path, device: str | torch.device = "cpu") -> Lo
 
 def _read_model(folder: Path) -> tuple[torch.nn.Module, PreprocessCfg]:
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    import_text_library(config["model_cfg"])
+    prepare_libraries(config["model_cfg"])
     with quiet_root_logger():
         model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, nonscalar_logit_scale=True)
     state_dict = load_file(folder / WEIGHTS_FILE)
@@ -252,17 +209,6 @@ def _unusable(step: Path) -> str:
         return f"{WEIGHTS_FILE} is missing"
     reasons = (FileSum(**files[name]).mismatch(step / name) for name in MODEL_FILES if name in files)
     return next(filter(None, reasons), "")
-
-
-@contextlib.contextmanager
-def quiet_root_logger() -> Iterator[None]:
-    """open_clip narrates model creation on the root logger; a user of a whole program does not need it."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(previous)
 
 
 @contextlib.contextmanager
