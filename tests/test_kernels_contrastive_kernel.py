@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import contrastive_gradients, contrastive_loss
+from kernels import contrastive_gradients, contrastive_loss, off_diagonal_log_sum_exp
 from kernels.contrastive import blockwise, hardest
 from kernels.contrastive.blockwise import Hinges, accumulation_dtype
 from tests.interpreted import interpreted
@@ -451,3 +451,19 @@ def test_specialisations_give_every_argument_a_type_or_a_constant(chip, dtype):
     for one in kernel.specialisations(chip, dtype, 640):
         assert list(one.function.arg_names) == [*one.signature, *one.constexprs], one.kernel
         assert set(one.aligned) <= set(one.signature)
+
+
+@interpreted
+def test_log_sum_exps_on_these_sweeps_equal_their_definition_in_float64():
+    x, y = (rows.requires_grad_() for rows in towers(35, 17, 1.0))
+    scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
+    # Of both signs, as no mean's gradients are.
+    weights = torch.linspace(-1, 2, 35, dtype=torch.float64)
+    found = []
+    for backend in ("reference", "triton"):
+        two = off_diagonal_log_sum_exp(x, y, scale, backend=backend)
+        own = off_diagonal_log_sum_exp(x, None, scale, backend=backend)
+        value = (weights * two.rows_B + weights.flip(0) * two.columns_B - weights * own.rows_B).sum()
+        found.append([value.detach(), *torch.autograd.grad(value, [x, y, scale])])
+    for value, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-10, atol=1e-12)

@@ -41,7 +41,7 @@ def forward(towers: Towers, scale: float, options: Options, layout: Layout) -> t
         row_tile=options.row_tile,
         column_tile=options.column_tile,
     )
-    text_off_G, text_max_G, text_hinge_AG, text_active_AG = _reduce_columns(stats, scale, layout, dtype)
+    text_off_G, text_max_G, text_hinge_AG, text_active_AG = reduce_columns(stats, scale, layout, dtype)
     positive_B = scale * blockwise.row_dots(image_BD, text_BD, row_tile=options.row_tile)
     image_off_B = blockwise.log_sum_exp(stats.row_max_B, stats.row_sum_B, scale, dtype)
     settings = {"scale": scale, "offset": layout.offset, "column_tile": options.column_tile}
@@ -101,7 +101,7 @@ def _thresholds(
     return gather_rows(own_A[:, None], layout, rows_per_item=options.group_rows)[:, 0], row_A
 
 
-def _reduce_columns(
+def reduce_columns(
     stats: blockwise.Statistics, scale: float, layout: Layout, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log-sum-exp_G, max_G, hinge_AG, active_AG) of the columns over all ranks. Collective: every rank calls."""

@@ -184,3 +184,21 @@ class _WorldTimesGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return gradient * ctx.world_size, None
+
+
+def every_row(own_BD: Tensor, layout: Layout) -> Tensor:
+    """[G, D], differentiable by the sum over ranks of what each makes of it. Collective, backward too: every rank calls."""
+    return own_BD if layout.process_group is None else _EveryRow.apply(own_BD, layout)
+
+
+class _EveryRow(torch.autograd.Function):
+    """Gathered rows, whose gradients are summed over ranks."""
+
+    @staticmethod
+    def forward(ctx, own_BD, layout):
+        ctx.layout = layout
+        return gather_rows(own_BD.detach(), layout)
+
+    @staticmethod
+    def backward(ctx, d_every_GD):
+        return reduce_vector(d_every_GD.clone(), ctx.layout, dist.ReduceOp.SUM)[ctx.layout.own], None
