@@ -18,7 +18,7 @@ import sys
 import tarfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mining.command_line import parse, run
@@ -46,7 +46,7 @@ Entries = dict[str, dict[str, set[str]]]
 
 @dataclass(frozen=True)
 class BuildConfig:
-    cache: Path = default_cache_folder()
+    cache: Path = field(default_factory=default_cache_folder)
     """Folder for the package, which is fetched once (10 MB)."""
 
     out: Path = SYNONYMS_FILE

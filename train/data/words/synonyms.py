@@ -1,7 +1,7 @@
 """Synonyms of English words, from the part of WordNet 3.0 that comes with the repository (synonyms.txt.xz, written by build.py).
 
 The text stays one block of bytes that is searched in place: 2 MB, which worker processes share, where a dict of strings takes
-fifteen times as much and every worker a copy of its own.
+fourteen times as much and every worker a copy of its own.
 """
 
 import functools
