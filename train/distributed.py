@@ -147,3 +147,8 @@ def sum_of_tensor(rows: torch.Tensor) -> torch.Tensor:
     total = rows.clone()
     dist.all_reduce(total)
     return total
+
+
+def add_over_ranks(rows: torch.Tensor) -> None:
+    """Make of a tensor the sum over ranks, in place. Collective: every rank calls."""
+    dist.all_reduce(rows)

@@ -4,6 +4,7 @@ In: a module, the JSON, the optimizer's numbers. Out: `Engine`, which runs a ste
 """
 
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from train.config import OptimConfig
 from train.distributed import Ranks
@@ -21,6 +23,7 @@ from train.model import SCALARS, attention_for
 from train.phases import BACKWARD, FORWARD, STEP, Phases, book_reductions
 from train.random_state import random_state
 from train.schedule import parameter_groups
+from train.teacher import Teacher
 from train.tensor_files import PieceFiles, piece_key
 from train.training_state import BUFFER, WEIGHT, Moments, TrainingState, own_range, tensor_shapes
 
@@ -83,6 +86,7 @@ class Engine:
         batch_size: int,
         ranks: Ranks,
         phases: Phases | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         check_regime(ds_config)
         check_offload(ds_config, ranks.device.type)
@@ -135,6 +139,11 @@ class Engine:
         self.state = TrainingState(self.engine, rank=self.rank, world_size=self.world_size)
         self._set_masters(exact)
         self._refresh_log_scale()
+        self.teacher = teacher
+        if teacher is not None:
+            autocast = self.engine.torch_autocast_dtype() if self.engine.torch_autocast_enabled() else None
+            dtype = self.module.clip.logit_scale.dtype
+            teacher.follow(self.state, dtype=dtype, device=self.device, autocast=autocast)
 
     def forward(self, image_BCHW: torch.Tensor, text_BL: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What `TwoTowers` gives."""
@@ -142,6 +151,14 @@ class Engine:
             return self.engine(
                 image_BCHW.to(self.device, non_blocking=True), text_BL.to(self.device, non_blocking=True)
             )
+
+    def call(self, task: str, *inputs: Any) -> Any:
+        """What `TowersAndHeads` gives; inputs: tensors, in tuples and dictionaries."""
+        with self.phases(FORWARD):
+            return self.engine(task, *tree_map(self._on_device, inputs))
+
+    def _on_device(self, value: Any) -> Any:
+        return value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
     @property
     def module(self) -> torch.nn.Module:
@@ -188,22 +205,37 @@ class Engine:
         self.engine.step()
         if not self.engine.was_step_applied():
             return False
-        self._clamp_logit_scale()
+        self._clamp_log_scales()
         self._refresh_log_scale()
+        if self.teacher is not None:
+            self.teacher.update()
         return True
 
     def gradient_norm(self) -> float:
         """Global norm of the gradient of the last step, before clipping; infinite or NaN when a gradient was not finite."""
         return self.whole_norm if self.checks_gradients else float(self.engine.get_global_grad_norm())
 
-    def _clamp_logit_scale(self) -> None:
+    def _owners(self) -> list[tuple[torch.nn.Module, dict[str, torch.Tensor], tuple[str, ...]]]:
+        """Who has parameters of one number that 16 bit would round too far: module, where it looks for their exact values, their names."""
+        owners = [(self.module.clip, self.module.exact_scalars, SCALARS)]
+        objective = getattr(self.module, "objective", None)
+        if objective is not None:
+            owners.append((objective, objective.exact_scalars, objective.temperatures))
+        return owners
+
+    def _clamp_log_scales(self) -> None:
+        """Hold the scale between 1 and the limit, and the objective's own scales."""
+        for module, _, names in self._owners():
+            for name in names:
+                parameter = getattr(module, name, None)
+                if name != "logit_bias" and parameter is not None and parameter.requires_grad:
+                    self._clamp_log_scale(parameter)
+
+    def _clamp_log_scale(self, scale: torch.nn.Parameter) -> None:
         """Hold the temperature's fp32 master and the copy that the next forward sees below the limit, at every ZeRO stage."""
         from deepspeed import zero
         from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
 
-        scale = self.engine.module.clip.logit_scale
-        if not scale.requires_grad:
-            return
         if self.stage == 0:
             with torch.no_grad():
                 scale.clamp_(0, self.max_log_scale)
@@ -236,10 +268,11 @@ class Engine:
 
         if not self.rounds_weights:
             return
-        for name in SCALARS:
-            parameter = getattr(self.module.clip, name, None)
-            if parameter is not None and parameter.requires_grad:
-                self.module.exact_scalars[name] = safe_get_full_fp32_param(parameter).float().clone()
+        for module, exact, names in self._owners():
+            for name in names:
+                parameter = getattr(module, name, None)
+                if parameter is not None and parameter.requires_grad:
+                    exact[name] = safe_get_full_fp32_param(parameter).float().clone()
 
     def copy_state(self, into: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """This rank's part of the training state in host memory: {kind/start/name: 1-d tensor}, and its random state.
@@ -248,7 +281,7 @@ class Engine:
         """
         copies = dict(into)
         with torch.no_grad():
-            for held in self.state.held():
+            for held in itertools.chain(self.state.held(), self.teacher.held() if self.teacher else ()):
                 first, last = own_range(held, self.rank, self.world_size)
                 key = piece_key(held.kind, held.start + first, held.name)
                 part = held.tensor.reshape(-1)[first:last]
@@ -285,8 +318,12 @@ class Engine:
                 files = own_pieces if held.kind == BUFFER else pieces
                 values = files.read(held.kind, held.name, held.start, held.tensor.numel())
                 held.tensor.copy_(values.view(held.tensor.shape))
+            for held in self.teacher.held() if self.teacher else ():
+                held.tensor.copy_(pieces.read(held.kind, held.name, held.start, held.tensor.numel()))
         self.state.count_on(moments.last_step)
         self.state.refresh_weights()
+        if self.teacher is not None:
+            self.teacher.restored()
         self.state.restore_counters(counters)
         self._refresh_log_scale()
 

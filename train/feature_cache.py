@@ -9,7 +9,6 @@ Shape letters: B rows of this rank, L text tokens, D embedding.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +16,7 @@ import torch
 from train.data.loader import RankBatch
 from train.engine import Engine
 from train.loss import BatchGradients
+from train.running_statistics import kept_running_statistics
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,16 @@ class CachedChunk:
     random_state: RandomState
 
 
-def encode_in_chunks(engine: Engine, batch: RankBatch, micro_batch_size: int) -> list[CachedChunk]:
-    """The features of this rank's rows, about `micro_batch_size` rows at a time, without a graph. Collective: every rank calls.
+def num_chunks(engine: Engine, batch: RankBatch, micro_batch_size: int) -> int:
+    """Every rank has the same number of chunks, of one row or more each (ZeRO-3 gathers weights in every forward)."""
+    return -(-batch.global_batch_size // (engine.world_size * micro_batch_size))
 
-    Every rank has the same number of chunks, of one row or more each (ZeRO-3 gathers weights in every forward).
-    """
-    num_chunks = -(-batch.global_batch_size // (engine.world_size * micro_batch_size))
+
+def encode_in_chunks(engine: Engine, batch: RankBatch, micro_batch_size: int) -> list[CachedChunk]:
+    """The features of this rank's rows, about `micro_batch_size` rows at a time, without a graph. Collective: every rank calls."""
+    number = num_chunks(engine, batch, micro_batch_size)
     chunks = []
-    pieces = (torch.tensor_split(rows, num_chunks) for rows in (batch.image_BCHW, batch.text_BL))
+    pieces = (torch.tensor_split(rows, number) for rows in (batch.image_BCHW, batch.text_BL))
     for image_BCHW, text_BL in zip(*pieces, strict=True):
         state = RandomState.now(engine.device)
         with torch.no_grad():
@@ -88,17 +90,3 @@ def _losses(engine: Engine, chunks: Sequence[CachedChunk], gradients: BatchGradi
         for scalar, d_scalar in zip(scalars, gradients.d_scalars, strict=True):
             loss = loss + (scalar * (d_scalar / len(chunks))).sum()
         yield loss
-
-
-@contextmanager
-def kept_running_statistics(module: torch.nn.Module) -> Iterator[None]:
-    """BatchNorm normalises by its batch inside and leaves its running statistics alone: the first pass has updated them."""
-    norms = [layer for layer in module.modules() if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)]
-    tracked = [layer.track_running_stats for layer in norms]
-    for layer in norms:
-        layer.track_running_stats = False
-    try:
-        yield
-    finally:
-        for layer, before in zip(norms, tracked, strict=True):
-            layer.track_running_stats = before

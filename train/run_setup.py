@@ -1,0 +1,169 @@
+"""Everything that a run needs before its first step: data, model, engine, the state of the newest checkpoint, log and saver.
+
+In: a TrainConfig and this process's place among the ranks. Out: `RunParts`; `config.json` is on disk then.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from train.checkpoint import CheckpointSaver, find_checkpoint, restore, saved_steps
+from train.clip_library import PreprocessCfg
+from train.config import TrainConfig
+from train.data.loader import StepDataset
+from train.data.replaced import ReplacedPictures
+from train.data.shard_index import local_tars, prepare_index
+from train.data.tar_stream import TarStream
+from train.distributed import Ranks, barrier
+from train.ds_config import read_ds_config
+from train.engine import Engine, check_zero_section
+from train.flops import step_cost
+from train.metrics import MetricsLog, StepClock
+from train.model import TwoTowers, build_model, build_tokenizer
+from train.phases import Phases
+from train.random_state import seed_generators, seed_random_state
+from train.run_manifest import write_run_manifest
+from train.same_run import check_same_data, check_same_run
+from train.skipped import SkippedSteps
+from train.teacher import Teacher
+from train.towers_and_heads import TowersAndHeads, build_towers
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """A run that is ready for its step `first_step` + 1."""
+
+    run: Path
+    config: TrainConfig
+    dataset: StepDataset | TarStream
+    engine: Engine
+    saver: CheckpointSaver
+    log: MetricsLog
+    clock: StepClock
+    replaced: ReplacedPictures
+    skipped: SkippedSteps
+    first_step: int
+    """steps that an earlier part of the run has taken"""
+    last_step: int
+    """where this part ends"""
+    num_steps: int
+    """where the schedule ends"""
+
+
+def set_up(config: TrainConfig, recipe: str, ranks: Ranks, phases: Phases, stop_after: int) -> RunParts:
+    """Raises ValueError for what a user can mend. stop_after: as in train.loop. Collective: every rank calls."""
+    run = Path(config.out)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    seed_generators(config.seed)
+    ds_config = read_ds_config(config.ds_config)
+    check_zero_section(config.ds_config, ds_config)
+    if saved_steps(run):
+        check_same_run(run, config)
+    model, preprocess = build_model(config.model, config.loss.kind)
+    towers = build_towers(model, preprocess, config)
+    start = find_checkpoint(run, ranks, towers)
+    first_step = start.step if start else 0
+    dataset = _dataset(config, ranks, preprocess.size, towers)
+    num_steps = config.num_steps(dataset.steps_per_epoch)
+    if start:
+        check_same_data(run, dataset.identity())
+    barrier()  # every rank has read the run folder before rank 0 writes to it
+    cost = step_cost(towers, dataset.image_size, ds_config, ranks.device) if ranks.is_main else None
+    teacher = _teacher(towers)
+    engine = Engine(
+        towers, ds_config, config.optim, batch_size=config.batch_size, ranks=ranks, phases=phases, teacher=teacher
+    )
+    # Weights were drawn alike on all ranks; what a step drops is each rank's own.
+    seed_random_state(config.seed, 0, ranks.rank)
+    resumed = restore(start, engine, ranks, config.seed) if start else ""
+    saver = _saver(config, recipe, engine, ranks, preprocess)
+    if ranks.is_main:
+        write_run_manifest(
+            run,
+            config,
+            recipe=recipe,
+            deepspeed=engine.config,
+            world_size=ranks.world_size,
+            device=str(ranks.device),
+            first_step=first_step,
+            began_s=phases.began_s,
+            num_steps=num_steps,
+            steps_per_epoch=dataset.steps_per_epoch,
+            **(asdict(cost) if cost else {}),
+            **dataset.identity(),
+        )
+    parts = RunParts(
+        run,
+        config,
+        dataset,
+        engine,
+        saver,
+        _log(config, recipe, ranks, first_step, num_steps),
+        StepClock(phases, ranks.world_size, ranks.device, cost),
+        ReplacedPictures(run, ranks.rank, first_step),
+        SkippedSteps(run, ranks.rank, config.max_skipped_steps, first_step),
+        first_step,
+        min(num_steps, stop_after or num_steps),
+        num_steps,
+    )
+    if config.data.shards:
+        parts.log.say(dataset.summary())
+    if resumed:
+        parts.log.say(resumed)
+    return parts
+
+
+def _teacher(towers: TwoTowers) -> Teacher | None:
+    if not isinstance(towers, TowersAndHeads) or towers.objective.teacher_momentum is None:
+        return None
+    return Teacher(towers, towers.objective.teacher_momentum)
+
+
+def _saver(
+    config: TrainConfig, recipe: str, engine: Engine, ranks: Ranks, preprocess: PreprocessCfg
+) -> CheckpointSaver:
+    return CheckpointSaver(
+        Path(config.out),
+        engine,
+        ranks,
+        model_name=config.model.name,
+        preprocess=preprocess,
+        recipe=recipe,
+        keep=config.keep_checkpoints,
+        keep_every_steps=config.keep_every_steps,
+    )
+
+
+def _log(config: TrainConfig, recipe: str, ranks: Ranks, first_step: int, num_steps: int) -> MetricsLog:
+    return MetricsLog(
+        Path(config.out),
+        is_main=ranks.is_main,
+        name=recipe,
+        first_step=first_step,
+        num_steps=num_steps,
+        trackers=config.trackers,
+        config=asdict(config),
+    )
+
+
+def _dataset(
+    config: TrainConfig, ranks: Ranks, image_size: int | tuple[int, int], towers: TwoTowers
+) -> StepDataset | TarStream:
+    """The pairs of a store, or of tars, which are indexed first. Collective: every rank calls."""
+    settings = {
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
+        "image_size": (image_size, image_size) if isinstance(image_size, int) else tuple(image_size),
+        "tokenizer": build_tokenizer(config.model.name),
+    }
+    if isinstance(towers, TowersAndHeads):
+        settings |= {"views": towers.views, "strong_augment": config.strong_augment}
+    if not config.data.shards:
+        return StepDataset(config.data, config.augment, **settings)
+    folder = Path(config.data.shard_index or Path(config.out) / "shard_index")
+    index = prepare_index(local_tars(config.data.shards), folder, ranks, config.data.workers)
+    return TarStream(index, config.data, config.augment, **settings)

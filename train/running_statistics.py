@@ -1,0 +1,20 @@
+"""BatchNorm's running statistics, where rows pass a layer more often than once a step."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def kept_running_statistics(module: torch.nn.Module) -> Iterator[None]:
+    """BatchNorm normalises by its batch inside and leaves its running statistics alone: the first pass has updated them."""
+    norms = [layer for layer in module.modules() if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)]
+    tracked = [layer.track_running_stats for layer in norms]
+    for layer in norms:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer, before in zip(norms, tracked, strict=True):
+            layer.track_running_stats = before

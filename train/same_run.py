@@ -1,0 +1,67 @@
+"""Whether a run that is there can be gone on with: the same settings, the same data."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from train.config import TrainConfig
+
+# Fields that may change between the parts of one run.
+FREE_FIELDS = {
+    "out",
+    "ds_config",
+    "device",
+    "threads",
+    "log_every_steps",
+    "trackers",
+    "save_every_steps",
+    "keep_checkpoints",
+    "keep_every_steps",
+    "micro_batch_size",
+    "max_skipped_steps",
+    "hang_timeout_s",
+}
+
+
+# The same of `data`.
+FREE_DATA_FIELDS = {"workers", "shard_index", "cache"}
+# What `identity` of a data set says that decides its content.
+DATA_IDENTITY = ("store_fingerprint", "shards_fingerprint", "pairs_fingerprint")
+
+
+def check_same_run(run: Path, config: TrainConfig) -> None:
+    """Raises ValueError when `run` was started with settings that would give other numbers, naming the first that differs."""
+    path = run / "config.json"
+    if not path.is_file():
+        return
+    now, defaults = to_json(asdict(config)), to_json(asdict(TrainConfig()))
+    # A run of an earlier version does not name every field.
+    before = {**defaults, **json.loads(path.read_text(encoding="utf-8"))["config"]}
+    for name in now:
+        then = {**defaults[name], **before[name]} if isinstance(now[name], dict) else before[name]
+        same = then == now[name]
+        if name == "data":
+            same = all(then[field] == now["data"][field] for field in now["data"] if field not in FREE_DATA_FIELDS)
+        if not same and name not in FREE_FIELDS:
+            raise ValueError(
+                f"{run} was started with {name}={before[name]}, now it is {now[name]}; keep the settings or give another --out"
+            )
+
+
+def check_same_data(run: Path, identity: dict[str, Any]) -> None:
+    """Raises ValueError when the data are no longer what `run` was started with."""
+    path = run / "config.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for name in DATA_IDENTITY:
+        then, now = before.get(name), identity.get(name)
+        if then and now and then != now:
+            raise ValueError(
+                f"{run} was started with {name}={then[:12]}, the data have {now[:12]} now: they were changed since; "
+                "put the old ones back or give another --out"
+            )
+
+
+def to_json(value: Any) -> Any:
+    """The value as it comes back from JSON: tuples are lists there."""
+    return json.loads(json.dumps(value))

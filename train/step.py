@@ -1,0 +1,86 @@
+"""One training step: forward, loss over all ranks' rows, backward, optimizer step.
+
+In: the engine and this rank's rows. Out: `StepOutcome`. CLIP takes its features' gradients from `kernels` when features are cached; what
+other objectives do differently is in train/objective_step.py.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from train.config import TrainConfig
+from train.data.loader import RankBatch
+from train.engine import Engine
+from train.feature_cache import encode_in_chunks, replay_and_step
+from train.loss import Terms, batch_gradients, batch_loss, term_values
+from train.objective_step import cached_step, one_if_finite, whole_step
+from train.objectives.objective import Terms as ObjectiveTerms
+from train.phases import LOSS
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step's loss was, and whether the weights took it."""
+
+    terms: Terms | ObjectiveTerms
+    scalars: tuple[torch.Tensor, ...]
+    """the scale, and the bias of a model that learns one"""
+    features: tuple[torch.Tensor, torch.Tensor]
+    not_finite: str
+    """"loss" or "gradient" when that was not finite, then nothing has changed; empty when the step was taken"""
+
+    def values(self) -> dict[str, float]:
+        """Every term of the loss by its name. Waits for the device."""
+        if isinstance(self.terms, ObjectiveTerms):
+            return {"loss": self.terms.loss.item(), **{name: value.item() for name, value in self.terms.values.items()}}
+        return term_values(self.terms)
+
+
+def train_step(engine: Engine, config: TrainConfig, batch: RankBatch, rate: float) -> StepOutcome:
+    """Forward, loss over all ranks' rows, backward, optimizer step. What is not finite changes nothing.
+
+    The loss is the same number on every rank, and so is what a reduced gradient holds, so all skip together. Nothing is read from the
+    device here. What waits for it all the same, once a step: the loss's operation, for its scalars and the ranks' row counts; DeepSpeed,
+    for its answer, finite or not, before it steps; the clamp of the temperature. Collective: every rank calls.
+    """
+    if config.objective.name != "clip":
+        return objective_train_step(engine, config, batch, rate)
+    if config.micro_batch_size:
+        return cached_train_step(engine, config, batch, rate)
+    image_BD, text_BD, *scalars = engine.forward(batch.image_BCHW, batch.text_BL)
+    with engine.phases(LOSS):
+        terms = batch_loss(config, image_BD, text_BD, scalars)
+    taken = engine.backward_and_step(terms.loss * one_if_finite(terms.loss), rate)
+    detached = tuple(scalar.detach() for scalar in scalars)
+    return StepOutcome(
+        terms, detached, (image_BD.detach(), text_BD.detach()), "" if taken else what_is_not_finite(terms)
+    )
+
+
+def cached_train_step(engine: Engine, config: TrainConfig, batch: RankBatch, rate: float) -> StepOutcome:
+    """The same step with the activations of about `micro_batch_size` rows at a time. Collective: every rank calls."""
+    chunks = encode_in_chunks(engine, batch, config.micro_batch_size)
+    image_BD, text_BD = (torch.cat([getattr(chunk, name) for chunk in chunks]) for name in ("image_BD", "text_BD"))
+    scalars = chunks[0].scalars
+    with engine.phases(LOSS):
+        gradients = batch_gradients(config, image_BD, text_BD, scalars)
+    one = one_if_finite(gradients.terms.loss)
+    scaled = replace(gradients, d_image_BD=gradients.d_image_BD * one, d_text_BD=gradients.d_text_BD * one)
+    taken = replay_and_step(engine, chunks, scaled, rate)
+    return StepOutcome(
+        gradients.terms, scalars, (image_BD, text_BD), "" if taken else what_is_not_finite(gradients.terms)
+    )
+
+
+def objective_train_step(engine: Engine, config: TrainConfig, batch: RankBatch, rate: float) -> StepOutcome:
+    """The same with heads and several views. Collective: every rank calls."""
+    if config.micro_batch_size:
+        step = cached_step(engine, batch, rate, config.micro_batch_size)
+    else:
+        step = whole_step(engine, batch, rate)
+    return StepOutcome(step.terms, step.scalars, step.features, "" if step.taken else what_is_not_finite(step.terms))
+
+
+def what_is_not_finite(terms: Terms | ObjectiveTerms) -> str:
+    return "gradient" if math.isfinite(terms.loss.item()) else "loss"
