@@ -3,7 +3,8 @@
 Nothing heavy is imported here, so that `--help` and a mistake in a flag answer at once.
 """
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from train.trackers import check_trackers
@@ -60,6 +61,12 @@ class DataConfig:
     """draw partners in proportion to their score instead of uniformly"""
     keep_duplicates_apart: bool = True
     """never put two pairs with the same caption or the same picture into one global batch"""
+    caption_sampling: Literal["whole", "single", "multi"] = "whole"
+    """whole: a sample's text is one caption. Otherwise its lines are captions of their own (YFCC: a title and a description), and every
+    step draws one of them: single: one for all views of a pair; multi: one for each view"""
+    clean_captions: bool = False
+    """mend broken encodings (ftfy), resolve HTML entities and lower-case before captions are augmented; CLIP's tokenizer does it afterwards
+    in any case, so this matters where words are dropped or replaced"""
     workers: int = 4
     """data loading processes of each rank"""
 
@@ -104,10 +111,62 @@ class AugmentConfig:
     """probability of the color jitter"""
     gray_scale_prob: float = 0.0
     """probability of dropping the colours"""
+    gaussian_blur_prob: float = 0.0
+    """probability of blurring a picture"""
+    gaussian_blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """range of the blur's standard deviation, in pixels of the cut picture"""
+    solarize_prob: float = 0.0
+    """probability of inverting every channel's upper half (values of 128 and more)"""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """how a crop is scaled (CLIP and CLIP-rocket: bicubic; SLIP: bilinear)"""
+    size: int = 0
+    """height and width of a strong view, for models that take pictures of several sizes (CLIP-rocket on 29M pairs: 192); 0: as the model
+    says; only for --strong_augment"""
     phrase_separator: str = ""
     """captions are lists of phrases joined by this (for example "; "): train on a random selection; empty: captions as they are"""
     lead_phrase_drop_prob: float = 0.1
     """with phrase_separator: how often the first phrase is left out in favour of the others"""
+    stop_words_prob: float = 0.0
+    """probability of dropping the function words of a caption ("the", "of", ...; those of train/data/words/stop_words.py). Prompts of an
+    evaluation keep theirs"""
+    synonym_weight: float = 0.0
+    """after that, each caption is changed in one way, drawn by these weights (EDA; all 0: none): one word becomes a synonym (WordNet)"""
+    swap_weight: float = 0.0
+    """... two words change places"""
+    delete_weight: float = 0.0
+    """... every word is dropped with probability delete_word_prob"""
+    identity_weight: float = 0.0
+    """... nothing is changed"""
+    delete_word_prob: float = 0.1
+    """probability of each word's being dropped, where words are dropped"""
+
+    @property
+    def edit_weights(self) -> tuple[float, float, float, float]:
+        """Weights of the synonym, the swap, the deletion and the identity."""
+        return self.synonym_weight, self.swap_weight, self.delete_weight, self.identity_weight
+
+    def check(self, flag: str) -> None:
+        """Raises ValueError for a value that is no probability, weight or range; flag: the name of this group, "augment"."""
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name.endswith("_prob") and not 0 <= value <= 1:
+                raise ValueError(f"{flag}.{item.name}={value} is a probability: between 0 and 1")
+            if item.name.endswith("_weight") and not 0 <= value < math.inf:
+                raise ValueError(f"{flag}.{item.name}={value} is a weight: 0 or more")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(
+                f"{flag}.scale={self.scale} must be two shares of the area, above 0 and at most 1, the smaller first"
+            )
+        for name in ("ratio", "gaussian_blur_sigma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high < math.inf:
+                raise ValueError(f"{flag}.{name}={(low, high)} must be two positive numbers, the smaller first")
+        if min(self.color_jitter) < 0 or self.color_jitter[3] > 0.5:
+            raise ValueError(
+                f"{flag}.color_jitter={self.color_jitter} must be 0 or more, and the hue's (the last) at most 0.5"
+            )
+        if self.size < 0:
+            raise ValueError(f"{flag}.size={self.size} must be 0 (as the model says) or pixels")
 
 
 @dataclass(frozen=True)
@@ -260,13 +319,18 @@ class ObjectiveConfig:
             )
 
 
-# The strong pictures of SLIP and CLIP-rocket: their published lists, blur apart.
+# CLIP-rocket's strong views, pictures and captions; the pictures are SLIP's, MoCo v2's list, as well.
 STRONG_AUGMENT = AugmentConfig(
     scale=(0.08, 1.0),
     horizontal_flip_prob=0.5,
     color_jitter=(0.4, 0.4, 0.4, 0.1),
     color_jitter_prob=0.8,
     gray_scale_prob=0.2,
+    gaussian_blur_prob=0.5,
+    stop_words_prob=0.8,
+    synonym_weight=0.4,
+    swap_weight=0.4,
+    delete_weight=0.2,
 )
 
 
@@ -325,6 +389,12 @@ class TrainConfig:
                 raise ValueError(f"--{name} is missing; see --help")
         self.data.check()
         check_trackers(self.trackers)
+        self.augment.check("augment")
+        self.strong_augment.check("strong_augment")
+        if self.augment.size:
+            raise ValueError(
+                f"augment.size={self.augment.size} must be 0, as weak views have the model's own size; give --strong_augment.size"
+            )
         self.loss.check()
         self.objective.check()
         if self.model.lock_image and self.model.lock_text:

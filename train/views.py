@@ -17,3 +17,7 @@ class Views:
     @property
     def num_texts(self) -> int:
         return 1 + self.strong_texts
+
+
+# CLIP's, and HELIP's.
+WEAK_ONLY = Views()

@@ -11,13 +11,15 @@ import random
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from torchvision.transforms import functional
 
 from train.config import AugmentConfig
 
 # How many further phrases join the first one, drawn uniformly from this list.
 NUM_EXTRA_PHRASES = (0, 0, 0, 0, 1, 1, 1, 2, 2, 2)
+# Of each channel: the lower half as it is, the upper half inverted.
+SOLARIZED = [value if value < 128 else 255 - value for value in range(256)] * 3
 
 
 def draw_seed(*names: int) -> int:
@@ -41,18 +43,32 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def augment_picture(image: Image.Image, config: AugmentConfig, image_size: tuple[int, int], seed: int) -> torch.Tensor:
-    """The same of a decoded RGB picture."""
+    """The same of a decoded RGB picture; a config with a size of its own has that instead of image_size.
+
+    In order: crop, flip, color jitter, gray scale, blur, solarization (SimCLR's list with BYOL's end).
+    """
     # Python's generator: seeding torch's for every picture costs as much as decoding it.
     rng = random.Random(seed)
-    height, width = image_size
-    image = image.resize((width, height), Image.Resampling.BICUBIC, box=random_crop(image.size, config, rng))
+    height, width = view_size(config, image_size)
+    resampling = Image.Resampling[config.interpolation.upper()]
+    image = image.resize((width, height), resampling, box=random_crop(image.size, config, rng))
     if rng.random() < config.horizontal_flip_prob:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if rng.random() < config.color_jitter_prob:
         image = jitter_colors(image, config.color_jitter, rng)
     if rng.random() < config.gray_scale_prob:
         image = image.convert("L").convert("RGB")
+    # These draws come last, so that without blur a seed gives the picture that it gave before there was any.
+    if rng.random() < config.gaussian_blur_prob:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*config.gaussian_blur_sigma)))
+    if rng.random() < config.solarize_prob:
+        image = image.point(SOLARIZED)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def view_size(config: AugmentConfig, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a view."""
+    return (config.size, config.size) if config.size else image_size
 
 
 def random_crop(size: tuple[int, int], config: AugmentConfig, rng: random.Random) -> tuple[int, int, int, int]:

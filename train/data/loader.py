@@ -6,21 +6,25 @@ so the number of workers, a restart or prefetching change nothing.
 Shape letters: B rows of this rank, G rows of all ranks, L text tokens, C H W image, N pairs, K neighbours.
 """
 
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from mining import PairTable
 from mining.stopping import end_with_parent
-from train.config import AugmentConfig, DataConfig
-from train.data.augment import augment_image, draw_seed, sample_phrases
+from train.config import STRONG_AUGMENT, AugmentConfig, DataConfig
+from train.data.augment import rgb
 from train.data.pair_store import PairStore
+from train.data.pair_views import PairViews, Rows
 from train.data.plan import EpochPlan, conflict_groups
 from train.data.reading import ReadingNotes
+from train.views import WEAK_ONLY, Views
 
 
 @dataclass(frozen=True)
@@ -39,10 +43,17 @@ class RankBatch:
     """random pairs that stand in for missing hard pairs, all ranks"""
     undecodable: tuple[str, ...] = ()
     """pictures of this rank's share that were replaced, since they can't be decoded: shard, member, reason"""
+    strong_images: tuple[torch.Tensor, ...] = ()
+    """uint8 [B, 3, H, W] each: strong views of the same pictures, in order; H and W may be others than the weak view's"""
+    strong_texts: tuple[torch.Tensor, ...] = ()
+    """int64 [B, L] each: strong views of the captions, in order"""
 
     def pin_memory(self) -> "RankBatch":
         pinned = {name: getattr(self, name).pin_memory() for name in ("image_BCHW", "text_BL", "pair_ids_B")}
-        return replace(self, **pinned)
+        strong = {
+            name: tuple(view.pin_memory() for view in getattr(self, name)) for name in ("strong_images", "strong_texts")
+        }
+        return replace(self, **pinned, **strong)
 
 
 class StepDataset(Dataset[RankBatch]):
@@ -59,13 +70,15 @@ class StepDataset(Dataset[RankBatch]):
         world_size: int,
         image_size: tuple[int, int],  # height, width
         tokenizer: Callable[[list[str]], torch.Tensor],
+        views: Views = WEAK_ONLY,
+        strong_augment: AugmentConfig = STRONG_AUGMENT,
     ) -> None:
-        self.config, self.augment, self.tokenizer = config, augment, tokenizer
+        self.config, self.tokenizer = config, tokenizer
+        self.pair_views = PairViews(config, augment, strong_augment, views, image_size, seed)
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.store = PairStore.open(config.store, cache=config.cache or None)
         self.table = open_pair_table(config, self.store)
-        self.image_size = image_size
-        self.notes = ReadingNotes()
+        self.image_size, self.notes = image_size, ReadingNotes()
         self.conflict_group_N = (
             conflict_groups(self.store.caption_group_N, self.store.image_group_N)
             if config.keep_duplicates_apart
@@ -88,18 +101,19 @@ class StepDataset(Dataset[RankBatch]):
         pair_ids = batch.rank_slice(self.rank, self.world_size).ravel()
         self.notes.note(f"the shards of step {step + 1}")
         self.store.prefetch(pair_ids)
-        images, captions = [], []
+        rows = Rows(self.pair_views.views)
         for pair_id in pair_ids.tolist():
-            image, caption = self._load(step, pair_id)
-            images.append(image)
-            captions.append(caption)
+            rows.append(*self._load(step, pair_id))
         self.notes.note("")
+        (image_BCHW, *strong_images), (text_BL, *strong_texts) = rows.stacked_images(), rows.tokens(self.tokenizer)
         return RankBatch(
-            stack_images(images),
-            self.tokenizer(captions),
+            image_BCHW,
+            text_BL,
             torch.from_numpy(pair_ids),
             batch.num_pairs,
             int(batch.is_substitute_AP.sum()),
+            strong_images=tuple(strong_images),
+            strong_texts=tuple(strong_texts),
         )
 
     def samples_seen(self, num_steps: int) -> int:
@@ -116,18 +130,18 @@ class StepDataset(Dataset[RankBatch]):
             "pairs_fingerprint": self.table.manifest.get("fingerprint") if self.table else None,
         }
 
-    def _load(self, step: int, pair_id: int) -> tuple[torch.Tensor, str]:
+    def _load(self, step: int, pair_id: int) -> tuple[list[torch.Tensor], list[str]]:
+        """The views of one pair's picture and of its caption."""
         self.notes.note(self.store.place_of(pair_id))
         sample = self.store[pair_id]
-        seed = draw_seed(self.seed, step, pair_id)
         try:
-            image = augment_image(sample.image, self.augment, self.image_size, seed)
+            picture = rgb(Image.open(io.BytesIO(sample.image)))
         except OSError as error:
             # Ingest decoded every picture, so this one was damaged since: stop rather than change the data silently.
             raise ValueError(
                 f"the picture of pair {pair_id} (key {sample.key}) in {self.store.path} can't be decoded: {error}; ingest it again"
             ) from error
-        return image, sample_phrases(sample.caption, self.augment, seed)
+        return self.pair_views.images(picture, step, pair_id), self.pair_views.texts(sample.caption, step, pair_id)
 
     def _plan_epoch(self, epoch: int) -> EpochPlan:
         table, columns = self.table, self.config.num_candidates or None
@@ -147,12 +161,6 @@ class StepDataset(Dataset[RankBatch]):
             partners=self.config.partners,
             shuffle_block=self.config.store_shuffle_block,
         )
-
-
-def stack_images(images: list[torch.Tensor]) -> torch.Tensor:
-    """uint8 [3, H, W] each -> [B, 3, H, W], in memory with the colours innermost, as Pillow and channels_last have them."""
-    # Sorting the bytes by colour would take longer than all the rest of putting a batch together.
-    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
 def open_pair_table(config: DataConfig, store: PairStore) -> PairTable | None:

@@ -19,14 +19,16 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from train.config import AugmentConfig, DataConfig
-from train.data.augment import augment_picture, draw_seed, rgb, sample_phrases
-from train.data.loader import RankBatch, stack_images
+from train.config import STRONG_AUGMENT, AugmentConfig, DataConfig
+from train.data.augment import rgb
+from train.data.loader import RankBatch
+from train.data.pair_views import PairViews, Rows
 from train.data.reading import ReadingNotes
 from train.data.shard_index import ShardIndex
 from train.data.stream_order import StreamOrder
 from train.data.tar_files import TarFiles, damaged
 from train.ingest.decode import IMAGE_FORMATS, describe
+from train.views import WEAK_ONLY, Views
 
 # Pillow's own limit and the default of ingest's --max-pixels.
 MAX_PIXELS = 89_478_485
@@ -53,8 +55,11 @@ class TarStream(Dataset[RankBatch]):
         world_size: int,
         image_size: tuple[int, int],  # height, width
         tokenizer: Callable[[list[str]], torch.Tensor],
+        views: Views = WEAK_ONLY,
+        strong_augment: AugmentConfig = STRONG_AUGMENT,
     ) -> None:
-        self.index, self.config, self.augment, self.tokenizer = index, config, augment, tokenizer
+        self.index, self.config, self.tokenizer = index, config, tokenizer
+        self.pair_views = PairViews(config, augment, strong_augment, views, image_size, seed)
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.image_size = image_size
         self.files, self.notes = TarFiles(index), ReadingNotes()
@@ -73,19 +78,24 @@ class TarStream(Dataset[RankBatch]):
             self.order = self._order(epoch)
         ids_B = self.order.batch(step_of_epoch, self.rank, self.world_size)
         num_samples = self.order.border(step_of_epoch + 1) - self.order.border(step_of_epoch)
-        images, captions, undecodable = [], [], []
+        rows, undecodable = Rows(self.pair_views.views), []
         for row, sample_id in enumerate(ids_B.tolist()):
-            image, caption, ids_B[row] = self._load(step, sample_id, undecodable)
-            images.append(image)
-            captions.append(caption)
+            picture, caption, ids_B[row] = self._load(sample_id, undecodable)
+            rows.append(
+                self.pair_views.images(picture, step, int(ids_B[row])),
+                self.pair_views.texts(caption, step, int(ids_B[row])),
+            )
         self.notes.note("")
+        (image_BCHW, *strong_images), (text_BL, *strong_texts) = rows.stacked_images(), rows.tokens(self.tokenizer)
         return RankBatch(
-            stack_images(images),
-            self.tokenizer(captions),
+            image_BCHW,
+            text_BL,
             torch.from_numpy(ids_B),
             num_samples,
             0,
             tuple(undecodable),
+            tuple(strong_images),
+            tuple(strong_texts),
         )
 
     def samples_seen(self, num_steps: int) -> int:
@@ -106,7 +116,7 @@ class TarStream(Dataset[RankBatch]):
         left_out = ", ".join(f"{count:,} {reason}" for reason, count in self.index.left_out.items())
         return f"{len(self.index):,} samples in {len(self.index.shards):,} tars; left out: {left_out or 'none'}"
 
-    def _load(self, step: int, sample_id: int, undecodable: list[str]) -> tuple[torch.Tensor, str, int]:
+    def _load(self, sample_id: int, undecodable: list[str]) -> tuple[Image.Image, str, int]:
         """Picture, caption and id of the sample, or of the next one whose picture can be decoded."""
         for tried in range(MAX_UNDECODABLE_IN_A_ROW):
             candidate = (sample_id + tried) % len(self.index)
@@ -119,9 +129,7 @@ class TarStream(Dataset[RankBatch]):
                 if not tried:
                     undecodable.append(reason)
                 continue
-            seed = draw_seed(self.seed, step, candidate)
-            image = augment_picture(picture, self.augment, self.image_size, seed)
-            return image, sample_phrases(caption, self.augment, seed), candidate
+            return picture, caption, candidate
         shard = self.index.shards[self.index.shard_number(sample_id)]
         raise damaged(
             shard, f"holds {MAX_UNDECODABLE_IN_A_ROW} pictures in a row that can't be decoded, the last is {reason}"
