@@ -238,7 +238,7 @@ class ObjectiveConfig:
     """strong views of each pair, beside the weak one (of its picture alone for slip)"""
     ssl_weight: float = 1.0
     """weight of the method's own term beside the contrastive ones: SimCLR's of slip, SimSiam's of siamlip and byolip, Barlow Twins' of
-    barlip (times barlow_scale), the swapped assignment's of swalip"""
+    barlip (times barlow_scale), the swapped assignments' of swalip (times swap_scale)"""
     strong_label_smoothing: float = 0.1
     """label smoothing of the contrastive targets between strong views (cl2l and what is built on it)"""
     strong_temperature: float = 0.1
@@ -272,13 +272,15 @@ class ObjectiveConfig:
     """swalip: temperature of the assignments"""
     sinkhorn_iterations: int = 3
     """swalip: normalisations of rows and columns"""
+    swap_scale: float = 0.2
+    """swalip: factor of the swapped assignments' loss"""
     separate_heads: bool = False
     """siamlip, byolip, barlip: heads of their own for weak and for strong views, instead of shared weights"""
     teacher_momentum: float = 0.99
     """byolip: share of the teacher's weights that a step keeps; the rest comes from the trained ones"""
     legacy_gradients: bool = False
-    """the published implementations' gradients, for comparison: gathers without gradient in the contrastive terms of cl2l and those built
-    on it, Barlow Twins' divided by the number of ranks"""
+    """the published implementations' gradients on several ranks, for comparison: gathers without gradient in all terms between images and
+    texts, Barlow Twins' divided by the number of ranks"""
 
     def check(self) -> None:
         """Raises ValueError for a value that has no meaning, naming its flag."""
@@ -298,7 +300,7 @@ class ObjectiveConfig:
             raise ValueError(
                 f"objective.strong_temperature={self.strong_temperature} must be at most 1: scales stay above 1"
             )
-        for name in ("ssl_weight", "barlow_scale", "barlow_off_diagonal"):
+        for name in ("ssl_weight", "barlow_scale", "barlow_off_diagonal", "swap_scale"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"objective.{name}={getattr(self, name)} must be 0 or more")
         widths = (
@@ -397,6 +399,11 @@ class TrainConfig:
             )
         self.loss.check()
         self.objective.check()
+        if self.objective.legacy_gradients and (self.loss.kind != "contrastive" or self.loss.margin_weight):
+            raise ValueError(
+                f"--objective.legacy_gradients is for the published contrastive losses, not for loss.kind={self.loss.kind} with "
+                f"loss.margin_weight={self.loss.margin_weight}; leave one of them out"
+            )
         if self.model.lock_image and self.model.lock_text:
             raise ValueError("model.lock_image and model.lock_text leave no tower to train; lock one of them")
         if self.epochs <= 0 and self.max_steps <= 0:

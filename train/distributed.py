@@ -138,6 +138,11 @@ def world_group() -> dist.ProcessGroup:
     return dist.group.WORLD
 
 
+def world_size_of(group: dist.ProcessGroup | None) -> int:
+    """None: this process alone."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
 def _collective_device() -> torch.device:
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
@@ -152,3 +157,64 @@ def sum_of_tensor(rows: torch.Tensor) -> torch.Tensor:
 def add_over_ranks(rows: torch.Tensor) -> None:
     """Make of a tensor the sum over ranks, in place. Collective: every rank calls."""
     dist.all_reduce(rows)
+
+
+def summed_over_ranks(
+    values: torch.Tensor, group: dist.ProcessGroup | None, *, used_alike: bool = False
+) -> torch.Tensor:
+    """The sum over the ranks of `group`, in a new tensor, differentiable: gradients are summed over ranks, too.
+
+    used_alike: every rank goes on with the sum in the same way, as with a loss, so that its own gradient times their number is that sum and
+    nothing is sent. group None: this process alone. Collective, backward too unless used_alike: every rank calls.
+    """
+    return values if group is None else _SumOverRanks.apply(values, group, used_alike)
+
+
+def sum_over_group(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """The sum over the ranks of `group`, in a new tensor, without gradient. Collective: every rank calls."""
+    return values.detach().clone() if group is None else _all_reduced(values, group)
+
+
+def mean_over_rows(values_B: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """The mean over the rows of all ranks, 0-d, differentiable for a loss: gradients are the number of ranks times the mean's.
+
+    Collective: every rank calls.
+    """
+    own = torch.stack([values_B.sum(), values_B.new_tensor(len(values_B))])
+    total, num_rows = summed_over_ranks(own, group, used_alike=True).unbind()
+    return total / num_rows.detach()
+
+
+def rows_of_all_ranks(rows_BX: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """[G, X] in rank order, differentiable by the sum over ranks of what each makes of them. Collective, backward too: every rank calls."""
+    if group is None:
+        return rows_BX
+    counts = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=rows_BX.device)
+    counts[dist.get_rank(group)] = len(rows_BX)
+    dist.all_reduce(counts, group=group)
+    before, own, after = (
+        int(part.sum()) for part in counts.tensor_split([dist.get_rank(group), dist.get_rank(group) + 1])
+    )
+    assert own == len(rows_BX), "each rank counts its own rows"
+    return summed_over_ranks(torch.nn.functional.pad(rows_BX, (0, 0, before, after)), group)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over ranks, whose gradient is summed over ranks."""
+
+    @staticmethod
+    def forward(ctx, values, group, used_alike):
+        ctx.group, ctx.used_alike = group, used_alike
+        return _all_reduced(values, group)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if ctx.used_alike:
+            return gradient * dist.get_world_size(ctx.group), None, None
+        return _all_reduced(gradient, ctx.group), None, None
+
+
+def _all_reduced(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    total = values.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total

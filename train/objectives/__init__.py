@@ -1,10 +1,23 @@
 """What is minimised: one objective for each method, by its name in the recipe."""
 
 from train.config import TrainConfig
+from train.objectives.barlip import BarlipObjective
+from train.objectives.cl2l import Cl2lObjective
 from train.objectives.clip import ClipObjective
 from train.objectives.objective import Encoded, Objective, Outputs, Terms, TowerWidths
+from train.objectives.siamlip import ByolipObjective, SiamlipObjective
+from train.objectives.slip import SlipObjective
+from train.objectives.swalip import SwalipObjective
 
-OBJECTIVES: dict[str, type[Objective]] = {"clip": ClipObjective}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "clip": ClipObjective,
+    "slip": SlipObjective,
+    "cl2l": Cl2lObjective,
+    "siamlip": SiamlipObjective,
+    "byolip": ByolipObjective,
+    "barlip": BarlipObjective,
+    "swalip": SwalipObjective,
+}
 
 
 def build_objective(config: TrainConfig, widths: TowerWidths) -> Objective:

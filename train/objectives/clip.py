@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from train.loss import batch_loss, term_tensors
+from train.objectives.contrastive import weak_loss
 from train.objectives.objective import Encoded, Objective, Outputs, Terms
 
 
@@ -21,5 +21,4 @@ class ClipObjective(Objective):
         teacher_outputs: Outputs | None,
         group: Any,
     ) -> Terms:
-        found = batch_loss(self.config, outputs["image"], outputs["text"], encoded_scalars)
-        return Terms(found.loss, term_tensors(found))
+        return weak_loss(self.config, outputs, encoded_scalars, group)
