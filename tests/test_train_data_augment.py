@@ -6,9 +6,20 @@ import random
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
+from scipy.stats import kstest, uniform
+from torchvision.transforms import functional
 
-from train.data.augment import AugmentConfig, augment_image, draw_seed, random_crop, sample_phrases
+from train.data.augment import (
+    AugmentConfig,
+    augment_image,
+    augment_picture,
+    draw_seed,
+    random_crop,
+    sample_phrases,
+)
+
+WHOLE = {"scale": (1.0, 1.0), "ratio": (4 / 3, 4 / 3)}
 
 
 def picture(width: int = 40, height: int = 30) -> bytes:
@@ -83,6 +94,67 @@ def test_a_flip_mirrors_the_columns():
     flipped = AugmentConfig(scale=(1.0, 1.0), ratio=(4 / 3, 4 / 3), horizontal_flip_prob=1.0)
     straight, mirrored = (augment_image(picture(), config, (30, 40), 0) for config in (same, flipped))
     assert torch.equal(straight.flip(2), mirrored)
+
+
+def test_solarization_is_torchvisions():
+    solarized = augment_image(picture(), AugmentConfig(**WHOLE, solarize_prob=1.0), (30, 40), 0)
+    expected = functional.solarize(functional.pil_to_tensor(decoded()), 128)
+    assert torch.equal(solarized, expected)
+    assert not torch.equal(solarized, functional.pil_to_tensor(decoded()))
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_a_crop_is_scaled_as_torchvision_scales_it(interpolation):
+    scaled = augment_image(picture(), AugmentConfig(**WHOLE, interpolation=interpolation), (12, 16), 0)
+    expected = functional.resize(decoded(), [12, 16], functional.InterpolationMode(interpolation))
+    assert torch.equal(scaled, functional.pil_to_tensor(expected))
+
+
+def decoded() -> Image.Image:
+    return Image.open(io.BytesIO(picture())).convert("RGB")
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 2.0])
+def test_blur_is_torchvisions_of_the_same_standard_deviation(sigma):
+    edge = np.zeros((30, 40, 3), np.uint8)
+    edge[:, 20:] = 255
+    edge[10:20, 5:9, 1] = 255
+    config = AugmentConfig(**WHOLE, gaussian_blur_prob=1.0, gaussian_blur_sigma=(sigma, sigma))
+    blurred = augment_picture(Image.fromarray(edge), config, (30, 40), 0)
+    expected = functional.gaussian_blur(torch.from_numpy(edge).permute(2, 0, 1), [23, 23], [sigma, sigma])
+    # Pillow's blur is three box blurs in 8 bits.
+    assert (blurred.int() - expected.int()).abs().max() <= 6
+    assert sigma == 0.1 or not torch.equal(blurred, torch.from_numpy(edge).permute(2, 0, 1))
+
+
+def test_blur_comes_as_often_as_asked_and_its_strength_is_uniform(monkeypatch):
+    sigmas, config = [], AugmentConfig(gaussian_blur_prob=0.5, gaussian_blur_sigma=(0.1, 2.0))
+    blur = ImageFilter.GaussianBlur
+    monkeypatch.setattr(ImageFilter, "GaussianBlur", lambda sigma: sigmas.append(sigma) or blur(sigma))
+    for seed in range(2000):
+        augment_picture(Image.new("RGB", (4, 4)), config, (4, 4), seed)
+    assert abs(len(sigmas) - 1000) < 4 * np.sqrt(2000 * 0.25)
+    # Kolmogorov and Smirnov's distance from the uniform distribution, at one in a thousand.
+    assert kstest(sigmas, uniform(0.1, 1.9).cdf).statistic < 1.95 / np.sqrt(len(sigmas))
+
+
+def test_solarization_comes_as_often_as_asked():
+    config = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), solarize_prob=0.3)
+    white = Image.new("RGB", (4, 4), "white")
+    inverted = [augment_picture(white, config, (4, 4), seed).max() == 0 for seed in range(2000)]
+    assert abs(np.mean(inverted) - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 2000)
+
+
+def test_a_strong_view_may_have_a_size_of_its_own():
+    assert augment_image(picture(), AugmentConfig(size=20), (16, 24), 0).shape == (3, 20, 20)
+
+
+def test_blur_and_solarization_leave_the_other_draws_of_a_seed_alone():
+    shared = {"scale": (0.3, 0.9), "color_jitter": (0.4, 0.4, 0.4, 0.1), "color_jitter_prob": 0.5}
+    plain, solarized = (
+        augment_image(picture(), AugmentConfig(**shared, **more), (16, 20), 4) for more in ({}, {"solarize_prob": 1.0})
+    )
+    assert torch.equal(solarized, functional.solarize(plain, 128))
 
 
 def test_a_damaged_picture_raises_oserror():
