@@ -50,8 +50,6 @@ class ModelSize:
     num_small: int
     """those that ZeRO-3 leaves whole"""
     num_buffer_bytes: int
-    num_largest: int
-    """of the largest trained tensor"""
     embed_dim: int
     activation_bytes_per_row: int
     activation_bytes_fixed: int
@@ -103,7 +101,6 @@ def model_size(config: TrainConfig, ds_config: dict[str, Any], *, flash_attentio
         num_frozen=sum(weight.numel() for weight in towers.parameters() if not weight.requires_grad),
         num_small=sum(weight.numel() for weight in towers.parameters() if weight.numel() <= threshold),
         num_buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in towers.buffers()),
-        num_largest=max(weight.numel() for weight in trained),
         embed_dim=few.embed_dim,
         activation_bytes_per_row=per_row,
         activation_bytes_fixed=max(0, few.saved - 2 * per_row),
@@ -166,14 +163,7 @@ def plan_rank(size: ModelSize, config: TrainConfig, ds_config: dict[str, Any], w
         world_size,
         rows,
         num_chunks,
-        *_states(
-            size,
-            ds_config,
-            world_size,
-            num_chunks,
-            _batch(size, config, rows, num_chunks),
-            on_cpu=config.device == "cpu",
-        ),
+        *_states(size, ds_config, world_size, num_chunks, _batch(size, config, rows, num_chunks)),
         _wire(size, config, ds_config, world_size, rows, num_chunks),
     )
 
@@ -198,8 +188,6 @@ def _states(
     world_size: int,
     num_chunks: int,
     batch: dict[str, int],
-    *,
-    on_cpu: bool,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """What the model itself takes on the device and in the host's memory."""
     stage, kind = zero_stage(ds_config), precision(ds_config)
@@ -217,11 +205,11 @@ def _states(
         (host if offload_device(ds_config, "param") != "none" else device)["weights"] = sharded
         live = min(num_weights - size.num_small, zero.get("stage3_max_live_parameters", LIVE_PARAMETERS))
         device[GATHERED] = (width * live if world_size > 1 or "weights" in host else 0) + size.num_buffer_bytes
-    # A step of several micro-batches sums whole gradients before it reduces them once. ZeRO averages into its share, copies that to fp32,
-    # and AdamW makes two temporaries of what it steps at once: the whole share; without ZeRO one tensor on a CPU, all on a GPU.
+    # A step of several micro-batches sums whole gradients before it reduces them once. ZeRO averages into its share and copies that to
+    # fp32; without ZeRO gradients are copied into one piece to be reduced. AdamW is fused and needs nothing more.
     own = 0 if stage == 0 else width * share
     device[GRADIENTS] = width * (size.num_trained if stage < 2 or num_chunks > 1 else 0) + own
-    copies = 3 * FP32 * share if stage else 2 * FP32 * (size.num_largest if on_cpu else size.num_trained)
+    copies = FP32 * (share if stage else size.num_trained)
     away = host if offload_device(ds_config, "optimizer") != "none" else device
     away["optimizer"], away[STEP_COPIES] = optimizer, copies
     if stage:

@@ -188,7 +188,9 @@ class TrainingState:
     def _new_state(self, parameter: torch.Tensor, moments: Moments, step: int) -> dict[str, Any]:
         # torch's optimizers count in a tensor, DeepSpeed's in an integer.
         is_torch = type(self.base).__module__.startswith("torch.")
-        count = torch.tensor(float(step)) if is_torch else step
+        # The fused ones read that tensor where the weights are.
+        device = parameter.device if is_torch and self.base.defaults["fused"] else None
+        count = torch.tensor(float(step), device=device) if is_torch else step
         return {"step": count, **{kind: torch.zeros_like(parameter.detach()) for kind in moments.kinds}}
 
 

@@ -17,7 +17,8 @@ from train.local_ranks import start_ranks, stop_ranks
 PROGRAM = "python -m train.bench"
 DESCRIPTION = f"""Pairs a second of our trainer and of others, in turn, with medians.
 
-  memory   against the bare loop: the same model, the same batches in memory, DistributedDataParallel, torch's AdamW
+  memory   against the bare loop: the same model, the same batches in memory, DistributedDataParallel, torch's
+           fused AdamW
   tars     against open_clip_train's train_one_epoch: the same model, the same tars, its own data pipeline
 
 Example: {PROGRAM} --ranks 2 --out results/train_bench.json"""
