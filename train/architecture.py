@@ -7,6 +7,7 @@ import contextlib
 import copy
 import functools
 import gzip
+import hashlib
 import json
 import logging
 import tempfile
@@ -34,11 +35,16 @@ Tokenizer = Callable[[str | list[str]], torch.Tensor]
 _brought: dict[str, dict[str, Any]] = {}
 
 
-def remember_architecture(name: str, model_config: dict[str, Any]) -> None:
-    """From now on `name` is this architecture, unless open_clip has it already."""
+def remember_architecture(name: str, model_config: dict[str, Any]) -> str:
+    """The name that this architecture goes by from now on: `name`, or one made from it where that means another one already."""
     open_clip.add_model_config(MODEL_CONFIG_FOLDER)
-    if open_clip.get_model_config(name) is None:
+    known = _brought.get(name) or open_clip.get_model_config(name)
+    if known is None:
         _brought[name] = copy.deepcopy(model_config)
+    elif differences(known, model_config):
+        digest = hashlib.sha256(json.dumps(_flat(model_config), sort_keys=True).encode()).hexdigest()
+        return remember_architecture(f"{name}-{digest[:6]}", model_config)
+    return name
 
 
 def architecture(name: str) -> dict[str, Any]:
@@ -97,7 +103,8 @@ def create_model(name: str, *, device: str = "cpu", patch_dropout: float | None 
     """A randomly initialised fp32 open_clip model of `name`, logit_scale of shape [1]. device "meta": without memory and values."""
     config = architecture(name)
     keywords = {"precision": "fp32", "device": device, "force_patch_dropout": patch_dropout}
-    with quiet_root_logger():
+    # open_clip builds on the CPU and then moves; without memory means from the start.
+    with quiet_root_logger(), torch.device("meta") if device == "meta" else contextlib.nullcontext():
         if name not in _brought:
             return open_clip.create_model(name, nonscalar_logit_scale=True, **keywords)
         with tempfile.TemporaryDirectory() as folder:

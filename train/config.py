@@ -18,15 +18,35 @@ class ModelConfig:
     """Which model to train and where its weights come from."""
 
     name: str = "ViT-B-16"
-    """an open_clip model name, or one of train/model_configs"""
+    """an open_clip model name, one of train/model_configs, or the JSON file of an open_clip config; with pretrained, the default takes the
+    architecture of the weights, and any other name is checked against them"""
     pretrained: str = ""
-    """start from these weights: a run folder, a checkpoint folder, or an open_clip pretrained tag or file; empty: from scratch"""
+    """start from these weights: a run, checkpoint or export folder; a file of open_clip, OpenAI, SLIP, LaCLIP, CLIP-rocket or DeCLIP,
+    recognised by the names of its tensors; or an open_clip pretrained tag; empty: from scratch"""
     grad_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
     lock_image: bool = False
     """keep the image tower's weights as they are (LiT); give them with pretrained"""
+    lock_image_unlocked_groups: int = 0
+    """with lock_image: still train the last so many groups of the image tower (the projection; the last block; the one before; ...)"""
     lock_text: bool = False
     """keep the text tower's weights as they are"""
+    lock_text_unlocked_layers: int = 0
+    """with lock_text: still train the last so many groups of the text tower (the projection; the last block; the one before; ...)"""
+    patch_dropout: float = 0.0
+    """leave out this share of a picture's patches in training (vision transformers; FLIP): faster, less memory; 0: the config's"""
+
+    def check(self) -> None:
+        """Raises ValueError for what has no meaning, or leaves nothing to train."""
+        for tower, count in (("image", "lock_image_unlocked_groups"), ("text", "lock_text_unlocked_layers")):
+            number, locked = getattr(self, count), getattr(self, f"lock_{tower}")
+            if number < 0 or (number and not locked):
+                raise ValueError(f"model.{count}={number} must be 0 or more groups, and needs --model.lock_{tower}")
+        if not 0 <= self.patch_dropout < 1:
+            raise ValueError(f"model.patch_dropout={self.patch_dropout} must be from 0 to less than 1")
+        unlocked = self.lock_image_unlocked_groups or self.lock_text_unlocked_layers
+        if self.lock_image and self.lock_text and not unlocked:
+            raise ValueError("model.lock_image and model.lock_text leave no tower to train; lock one of them")
 
 
 @dataclass(frozen=True)
@@ -404,8 +424,7 @@ class TrainConfig:
                 f"--objective.legacy_gradients is for the published contrastive losses, not for loss.kind={self.loss.kind} with "
                 f"loss.margin_weight={self.loss.margin_weight}; leave one of them out"
             )
-        if self.model.lock_image and self.model.lock_text:
-            raise ValueError("model.lock_image and model.lock_text leave no tower to train; lock one of them")
+        self.model.check()
         if self.epochs <= 0 and self.max_steps <= 0:
             raise ValueError(
                 f"epochs={self.epochs} and max_steps={self.max_steps} leave nothing to do; give one of them"

@@ -7,7 +7,6 @@ A checkpoint folder holds `open_clip_config.json` and `open_clip_model.safetenso
 import contextlib
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mining.manifest import MANIFEST_NAME, fingerprint, write_json_atomically
+from mining.manifest import fingerprint, write_json_atomically
 from train.architecture import (
     CONFIG_FILE,
     MERGES_FILE,
@@ -31,15 +30,25 @@ from train.architecture import (
 )
 from train.clip_library import PreprocessCfg, open_clip
 from train.config import ModelConfig
-from train.tensor_files import FileSum, write_tensors
+from train.model_folder import MODEL_FILES, WEIGHTS_FILE, checkpoint_folder
+from train.start import load_start, resolve
+from train.tensor_files import write_tensors
+from train.towers import prepare_towers
 
-WEIGHTS_FILE = "open_clip_model.safetensors"
-MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, MERGES_FILE)
 SIGLIP_LOG_SCALE, SIGLIP_BIAS = math.log(10), -10.0
 # What a model learns beside its towers, one number each.
 SCALARS = ("logit_scale", "logit_bias")
 
-__all__ = ["architecture", "attention_for", "build_model", "build_tokenizer", "load_model", "save_model"]
+__all__ = [
+    "MODEL_FILES",
+    "architecture",
+    "attention_for",
+    "build_model",
+    "build_tokenizer",
+    "load_model",
+    "resolve",
+    "save_model",
+]
 
 
 @dataclass(frozen=True)
@@ -57,45 +66,25 @@ class LoadedModel:
     folder: Path
 
 
+def no_words(text: str) -> None:
+    """For callers that have nobody to tell."""
+
+
 def build_model(
-    config: ModelConfig, loss_kind: str = "contrastive", device: str = "cpu"
+    config: ModelConfig,
+    loss_kind: str = "contrastive",
+    device: str = "cpu",
+    say: Callable[[str], None] = no_words,
 ) -> tuple[torch.nn.Module, PreprocessCfg]:
     """A trainable fp32 open_clip model (logit_scale of shape [1], as DeepSpeed needs) and its preprocessing.
 
-    loss_kind "sigmoid" gives it a logit_bias of shape [1]. device "meta" gives a model without memory and without values, whatever
-    `pretrained` says.
-    Raises ValueError for an unknown name, or weights that are missing or of another architecture.
+    loss_kind "sigmoid" gives it a logit_bias of shape [1]. device "meta" gives a model without memory and without values. say: hears what
+    of `pretrained` was loaded, left and new.
+    Raises ValueError for an unknown name, or weights that are missing, unsafe to read, of no known family or of another architecture.
     """
-    if config.pretrained and Path(config.pretrained).is_dir() and device != "meta":
-        folder = checkpoint_folder(config.pretrained)
-        model, preprocess = _read_model(folder)
-        expected, found = architecture(config.name), json.loads((folder / CONFIG_FILE).read_text())["model_cfg"]
-        if {**expected, "init_logit_bias": None} != {**found, "init_logit_bias": None}:
-            raise ValueError(
-                f"model.name={config.name} is not the architecture of {folder}; name the model that was trained there"
-            )
-    else:
-        architecture(config.name)
-        try:
-            with quiet_root_logger():
-                model = open_clip.create_model(
-                    config.name,
-                    pretrained=config.pretrained if config.pretrained and device != "meta" else None,
-                    precision="fp32",
-                    device=device,
-                    nonscalar_logit_scale=True,
-                )
-        except RuntimeError as error:
-            raise ValueError(
-                f"model.pretrained={config.pretrained!r} can't be loaded into {config.name}: {error}"
-            ) from error
-        preprocess = PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
-    if config.grad_checkpointing:
-        model.set_grad_checkpointing()
-    if config.lock_image:
-        model.lock_image_tower(freeze_bn_stats=True)
-    if config.lock_text:
-        model.lock_text_tower()
+    config = resolve(config)
+    model, preprocess = load_start(config, device, say)
+    prepare_towers(model, config)
     fit_scalars(model, loss_kind)
     return model.train(), preprocess
 
@@ -178,37 +167,6 @@ def _read_model(folder: Path) -> tuple[torch.nn.Module, PreprocessCfg]:
             state_dict[scalar] = state_dict[scalar].reshape(1)
     model.load_state_dict(state_dict)
     return model, PreprocessCfg(**config["preprocess_cfg"])
-
-
-def checkpoint_folder(checkpoint: str | Path) -> Path:
-    """The folder with the weights: `checkpoint` itself, or the newest complete step of the run folder `checkpoint`."""
-    path = Path(checkpoint)
-    if not path.is_dir():
-        raise ValueError(
-            f"checkpoint {checkpoint} is not a folder; give a run folder (runs/NAME) or one of its checkpoints"
-        )
-    if (path / CONFIG_FILE).is_file() and (path / WEIGHTS_FILE).is_file():
-        return path
-    # Folders under a temporary name are not of this form, so an interrupted save is never picked.
-    steps = sorted((path / "checkpoints").glob("step_*"), key=lambda step: int(step.name.removeprefix("step_")))
-    for step in reversed(steps):
-        reason = _unusable(step)
-        if not reason:
-            return step
-        print(f"passed over {step}: {reason}", file=sys.stderr)
-    raise ValueError(f"{checkpoint} holds no complete checkpoint yet; train it first, or give another folder")
-
-
-def _unusable(step: Path) -> str:
-    """Why the model of a checkpoint can't be believed, or "" when its files are what the manifest says."""
-    try:
-        files = json.loads((step / MANIFEST_NAME).read_text(encoding="utf-8")).get("files", {})
-    except (OSError, ValueError) as error:
-        return f"its manifest can't be read: {error}"
-    if not (step / WEIGHTS_FILE).is_file():
-        return f"{WEIGHTS_FILE} is missing"
-    reasons = (FileSum(**files[name]).mismatch(step / name) for name in MODEL_FILES if name in files)
-    return next(filter(None, reasons), "")
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 In: a TrainConfig and this process's place among the ranks. Out: `RunParts`; `config.json` is on disk then.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from train.ds_config import read_ds_config
 from train.engine import Engine, check_zero_section
 from train.flops import step_cost
 from train.metrics import MetricsLog, StepClock
-from train.model import TwoTowers, build_model, build_tokenizer
+from train.model import TwoTowers, build_model, build_tokenizer, no_words, resolve
 from train.phases import Phases
 from train.random_state import seed_generators, seed_random_state
 from train.run_manifest import write_run_manifest
@@ -53,7 +53,7 @@ class RunParts:
 
 def set_up(config: TrainConfig, recipe: str, ranks: Ranks, phases: Phases, stop_after: int) -> RunParts:
     """Raises ValueError for what a user can mend. stop_after: as in train.loop. Collective: every rank calls."""
-    run = Path(config.out)
+    run, config = Path(config.out), replace(config, model=resolve(config.model))
     if config.threads:
         torch.set_num_threads(config.threads)
     seed_generators(config.seed)
@@ -61,7 +61,7 @@ def set_up(config: TrainConfig, recipe: str, ranks: Ranks, phases: Phases, stop_
     check_zero_section(config.ds_config, ds_config)
     if saved_steps(run):
         check_same_run(run, config)
-    model, preprocess = build_model(config.model, config.loss.kind)
+    model, preprocess = build_model(config.model, config.loss.kind, say=print if ranks.is_main else no_words)
     towers = build_towers(model, preprocess, config)
     start = find_checkpoint(run, ranks, towers)
     first_step = start.step if start else 0
