@@ -136,8 +136,8 @@ def write_stages(folder: Path, **more: object) -> None:
         (folder / f"stage_{stage}.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def train_here(rank: int, world_size: int, flags: Sequence[str]) -> None:
-    """A run of pocket-pretrain in this process, a rank of an existing group."""
+def train_here(rank: int, world_size: int, flags: Sequence[str], recipe: str = "pocket-pretrain") -> None:
+    """A run of a recipe in this process, a rank of an existing group."""
     from train.distributed import Ranks
     from train.loop import train
     from train.main import parse_config
@@ -145,4 +145,4 @@ def train_here(rank: int, world_size: int, flags: Sequence[str]) -> None:
     # What the launcher says, and DeepSpeed reads.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), DS_ACCELERATOR="cpu")
     ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
-    train(parse_config("pocket-pretrain", list(flags)), "pocket-pretrain", ranks)
+    train(parse_config(recipe, list(flags)), recipe, ranks)

@@ -21,16 +21,17 @@ import torch
 
 from mining.manifest import commit_folder, fingerprint, read_manifest, write_json_atomically, write_manifest
 from train.clip_library import PreprocessCfg
+from train.config import ObjectiveConfig
 from train.distributed import Ranks, barrier, from_main, max_over_ranks
 from train.engine import Engine
 from train.model import save_model
+from train.objective_files import save_objective
 from train.random_state import restore_random_state, seed_random_state
 from train.tensor_files import FileSum, PieceFiles, file_sum, write_tensors
+from train.towers_and_heads import OBJECTIVE_PREFIX, TOWERS_PREFIX
 from train.training_state import BUFFER, WEIGHT, Moments, checked_shapes, tensor_shapes
 
 KIND, FORMAT_VERSION = "checkpoint", 2
-# What the model under the engine calls the open_clip model.
-CLIP = "clip."
 POLL_S = 0.02
 # A rank that writes nothing for so long is taken for dead; its launcher has mostly ended the job before.
 RANKS_TIMEOUT_S = 3600.0
@@ -72,7 +73,10 @@ class CheckpointSaver:
         recipe: str,
         keep: int,
         keep_every_steps: int = 0,
+        objective: ObjectiveConfig | None = None,
     ) -> None:
+        self.objective = objective
+        """settings of the heads, for those who take them over; without heads they go unsaid"""
         self.run, self.engine, self.ranks = run, engine, ranks
         self.model_name, self.preprocess, self.recipe = model_name, preprocess, recipe
         self.keep, self.keep_every_steps = keep, keep_every_steps
@@ -151,6 +155,9 @@ class CheckpointSaver:
         sums = _sums_of_ranks(temporary, self.ranks.world_size)
         model = ModelTensors(temporary, described["tensors"], self.ranks.world_size)
         save_model(temporary, self.model_name, model, self.preprocess)
+        heads = ModelTensors(temporary, described["tensors"], self.ranks.world_size, OBJECTIVE_PREFIX)
+        if len(heads) and self.objective is not None:
+            save_objective(temporary, self.objective, heads)
         for rank in range(self.ranks.world_size):
             (temporary / _note(rank)).unlink()
         files = {
@@ -163,21 +170,24 @@ class CheckpointSaver:
 
 
 class ModelTensors(Mapping[str, torch.Tensor]):
-    """The open_clip model's weights and buffers, put together from the ranks' files when asked for."""
+    """Weights and buffers of the open_clip model (or of what else `prefix` names), put together from the ranks' files when asked for."""
 
-    def __init__(self, folder: Path, shapes: Mapping[str, Mapping[str, list[int]]], world_size: int) -> None:
-        self.shapes = {kind: {n: s for n, s in shapes[kind].items() if n.startswith(CLIP)} for kind in shapes}
+    def __init__(
+        self, folder: Path, shapes: Mapping[str, Mapping[str, list[int]]], world_size: int, prefix: str = TOWERS_PREFIX
+    ) -> None:
+        self.prefix = prefix
+        self.shapes = {kind: {n: s for n, s in shapes[kind].items() if n.startswith(prefix)} for kind in shapes}
         self.weights = PieceFiles([folder / rank_file(rank) for rank in range(world_size)])
         self.buffers = PieceFiles([folder / rank_file(0)])
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        name = CLIP + key
+        name = self.prefix + key
         kind, files = (WEIGHT, self.weights) if name in self.shapes[WEIGHT] else (BUFFER, self.buffers)
         shape = self.shapes[kind][name]
         return files.read(kind, name, 0, torch.Size(shape).numel()).view(shape)
 
     def __iter__(self) -> Iterator[str]:
-        return (name.removeprefix(CLIP) for names in self.shapes.values() for name in names)
+        return (name.removeprefix(self.prefix) for names in self.shapes.values() for name in names)
 
     def __len__(self) -> int:
         return sum(len(names) for names in self.shapes.values())

@@ -17,6 +17,7 @@ from train.data.tar_stream import TarStream
 from train.distributed import Ranks, barrier
 from train.engine import Engine
 from train.model import MODEL_FILES, SCALARS
+from train.objective_files import OBJECTIVE_FILES
 from train.phases import CHECKPOINT, DATA, LOGGING, Phases
 from train.run_setup import RunParts, set_up
 from train.schedule import learning_rate
@@ -128,9 +129,9 @@ def measurements(outcome: StepOutcome, engine: Engine, batch: RankBatch) -> dict
 
 
 def export(run: Path, step: int) -> None:
-    """Copy the model of a checkpoint to `export/`, in the form that plain open_clip loads."""
+    """Copy a checkpoint's model to `export/`, as plain open_clip loads it, and beside it the heads that open_clip does not know."""
     folder, saved = run / "export", step_folder(run, step)
     folder.mkdir(exist_ok=True)
-    for name in MODEL_FILES:
+    for name in (*MODEL_FILES, *OBJECTIVE_FILES):
         if (saved / name).is_file():
             shutil.copyfile(saved / name, folder / name)

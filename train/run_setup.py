@@ -21,6 +21,7 @@ from train.engine import Engine, check_zero_section
 from train.flops import step_cost
 from train.metrics import MetricsLog, StepClock
 from train.model import TwoTowers, build_model, build_tokenizer, no_words, resolve
+from train.objective_files import take_over_heads
 from train.phases import Phases
 from train.random_state import seed_generators, seed_random_state
 from train.run_manifest import write_run_manifest
@@ -28,6 +29,7 @@ from train.same_run import check_same_data, check_same_run
 from train.skipped import SkippedSteps
 from train.teacher import Teacher
 from train.towers_and_heads import TowersAndHeads, build_towers
+from train.views import Views
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def set_up(config: TrainConfig, recipe: str, ranks: Ranks, phases: Phases, stop_
         check_same_run(run, config)
     model, preprocess = build_model(config.model, config.loss.kind, say=print if ranks.is_main else no_words)
     towers = build_towers(model, preprocess, config)
+    heads = take_over_heads(config.model.pretrained, getattr(towers, "objective", None), config.objective)
     start = find_checkpoint(run, ranks, towers)
     first_step = start.step if start else 0
     dataset = _dataset(config, ranks, preprocess.size, towers)
@@ -110,8 +113,9 @@ def set_up(config: TrainConfig, recipe: str, ranks: Ranks, phases: Phases, stop_
     )
     if config.data.shards:
         parts.log.say(dataset.summary())
-    if resumed:
-        parts.log.say(resumed)
+    for line in (heads, resumed):
+        if line:
+            parts.log.say(line)
     return parts
 
 
@@ -133,6 +137,7 @@ def _saver(
         recipe=recipe,
         keep=config.keep_checkpoints,
         keep_every_steps=config.keep_every_steps,
+        objective=config.objective,
     )
 
 
@@ -159,9 +164,9 @@ def _dataset(
         "world_size": ranks.world_size,
         "image_size": (image_size, image_size) if isinstance(image_size, int) else tuple(image_size),
         "tokenizer": build_tokenizer(config.model.name),
+        "views": getattr(towers, "views", Views()),
+        "strong_augment": config.strong_augment,
     }
-    if isinstance(towers, TowersAndHeads):
-        settings |= {"views": towers.views, "strong_augment": config.strong_augment}
     if not config.data.shards:
         return StepDataset(config.data, config.augment, **settings)
     folder = Path(config.data.shard_index or Path(config.out) / "shard_index")

@@ -1,0 +1,205 @@
+"""Every method's recipe, on a tiny model: its loss falls, it goes on from a checkpoint byte-equal, and HELIP refines what it made."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.ranks import run_on_ranks
+from tests.tiny_world import TINY_VIT, tiny_store, tiny_table, train_here, training_flags
+from train.recipes import METHODS, RECIPES
+from train.run_setup import set_up  # noqa: F401 (what the ranks are forked with)
+
+REGIMES = {
+    "stage_0": {"zero_optimization": {"stage": 0}},
+    "stage_1": {"zero_optimization": {"stage": 1}},
+    "stage_2": {"zero_optimization": {"stage": 2}},
+    # Every weight sharded, the temperatures of one element too.
+    "stage_3": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
+    "bf16_stage_2": {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}},
+}
+# Each method under one regime, some with feature caching.
+RUNS = {
+    "slip": ("stage_1", 0),
+    "rocket": ("stage_2", 4),
+    "siamlip": ("stage_0", 0),
+    "byolip": ("stage_3", 0),
+    "barlip": ("bf16_stage_2", 0),
+    "swalip": ("stage_0", 4),
+}
+NUM_STEPS, SAVED_STEP, ROWS = 20, 12, 16
+FLAGS = {"model__name": "tiny-vit", "max_steps": NUM_STEPS, "save_every_steps": SAVED_STEP, "keep_checkpoints": 9}
+FLAGS |= {"threads": 1, "batch_size": ROWS, "optim__warmup": 4, "optim__lr": 2e-3, "trackers": ()}
+WIDTHS = {"head_width": 32, "head_dim": 16, "siam_width": 32, "siam_dim": 16, "barlow_width": 32, "barlow_dim": 32}
+FLAGS |= {f"objective__{name}": width for name, width in WIDTHS.items()}
+HEADS = "objective.safetensors"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    store = tiny_store(folder, num_hues=12)
+    tiny_table(folder / "pairs", store)
+    (folder / "tiny-vit.json").write_text(json.dumps(TINY_VIT), encoding="utf-8")
+    for name, regime in REGIMES.items():
+        (folder / f"{name}.json").write_text(json.dumps(regime), encoding="utf-8")
+    return folder
+
+
+def train_method(rank: int, world_size: int, world: Path, method: str, out: str, regime: str, **more: object) -> None:
+    from train.clip_library import open_clip
+
+    open_clip.add_model_config(world)
+    flags = training_flags(world / "store", world / out, world / f"{regime}.json", **{**FLAGS, **more})
+    cut = flags.index("--trackers")
+    train_here(rank, world_size, [*flags[: cut + 1], *flags[cut + 2 :]], f"pocket-{method}")
+
+
+def train_methods(rank: int, world_size: int, world: Path) -> list[str]:
+    """Every method to its end, and again from the checkpoint in its middle; what the refinements' logs say."""
+    from train.distributed import barrier
+    from train.metrics import MetricsLog
+
+    said, original = [], MetricsLog.say
+
+    def say(self, message):
+        said.append(message)
+        original(self, message)
+
+    MetricsLog.say = say
+    for method, (regime, micro) in RUNS.items():
+        train_method(rank, world_size, world, method, method, regime, micro_batch_size=micro)
+        if rank == 0:
+            cut_copy(world / method, world / f"{method}-again")
+        barrier()
+        train_method(rank, world_size, world, method, f"{method}-again", regime, micro_batch_size=micro)
+    said.clear()
+    helip = {"data__pairs": world / "pairs", "data__hard_per_anchor": 2, "loss__margin_weight": 3.0, "max_steps": 2}
+    helip |= {"batch_size": 18, "model__pretrained": world / "slip"}
+    train_method(rank, world_size, world, "slip-refine", "refined", "stage_1", **helip)
+    train_method(rank, world_size, world, "refine", "refined-plainly", "stage_1", **helip)
+    return said
+
+
+def cut_copy(run: Path, copy: Path) -> None:
+    """The run as it would be, had it been killed after its first checkpoint."""
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints" / f"step_{NUM_STEPS}")
+    shutil.rmtree(copy / "export")
+
+
+@pytest.fixture(scope="module")
+def trained(world):
+    """What the refinements said; every run lies in the world's folder."""
+    return run_on_ranks(train_methods, 2, world, timeout_s=600)[0]
+
+
+def rows_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_of_every_method_falls_in_twenty_steps(trained, world, method):
+    losses = [row["loss"] for row in rows_of(world / method)]
+    assert len(losses) == NUM_STEPS
+    assert sum(losses[-4:]) < 0.93 * sum(losses[:4]), losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_goes_on_byte_equal_heads_temperatures_and_teacher_included(trained, world, method):
+    whole, again = world / method, world / f"{method}-again"
+    assert [row["loss"] for row in rows_of(again)] == [row["loss"] for row in rows_of(whole)]
+    last = f"checkpoints/step_{NUM_STEPS}"
+    for name in ("state_rank00000.safetensors", "state_rank00001.safetensors", HEADS):
+        assert (again / last / name).read_bytes() == (whole / last / name).read_bytes(), name
+    kinds = {key.split("/")[0] for key in load_file(whole / last / "state_rank00000.safetensors")}
+    assert ("average" in kinds) == (method == "byolip")
+
+
+@pytest.mark.slow
+def test_the_exported_model_is_the_towers_alone_and_the_heads_lie_beside_it(trained, world):
+    towers = load_file(world / "rocket" / "export" / "open_clip_model.safetensors")
+    heads = load_file(world / "rocket" / "export" / HEADS)
+    assert not any(name.startswith(("objective", "l2l")) for name in towers)
+    assert heads["l2l_image_projector.layer3.weight"].shape == (WIDTHS["head_dim"], WIDTHS["head_width"])
+    # Of a BatchNorm its statistics, too: one update a step, feature-cached or not.
+    assert heads["l2l_image_projector.bn1.num_batches_tracked"].item() == 2 * NUM_STEPS
+    assert heads["l2l_logit_scale"].shape == (1,)
+    settings = json.loads((world / "rocket" / "export" / "objective.json").read_text(encoding="utf-8"))
+    assert settings["name"] == "cl2l"
+
+
+@pytest.mark.slow
+def test_a_refinement_takes_over_the_heads_of_its_own_objective_and_leaves_others(trained, world):
+    taken = [line for line in trained if line.startswith("the heads of slip")]
+    assert "(10 tensors)" in taken[0] or "are those of" in taken[0]
+    assert taken[1].endswith("are left there")
+    rows = rows_of(world / "refined")
+    assert len(rows) == 2
+    assert all(row["margin"] > 0 and row["simclr"] > 0 for row in rows)
+    # A freshly drawn head would start near ln(2 * 18 - 1) again.
+    assert rows[0]["simclr"] < rows_of(world / "slip")[0]["simclr"]
+    assert not (world / "refined-plainly" / "export" / HEADS).exists()
+
+
+def go_on_alone(rank: int, world_size: int, world: Path) -> None:
+    train_method(rank, world_size, world, "byolip", "byolip-elsewhere", "stage_0", micro_batch_size=0)
+
+
+@pytest.mark.slow
+def test_a_teacher_goes_on_with_other_ranks_and_another_stage(trained, world):
+    """Its shards of two ranks at ZeRO-3 become the whole of one at ZeRO-0."""
+    cut_copy(world / "byolip", world / "byolip-elsewhere")
+    run_on_ranks(go_on_alone, 1, world, timeout_s=300)
+    losses, elsewhere = ([row["loss"] for row in rows_of(world / run)] for run in ("byolip", "byolip-elsewhere"))
+    assert elsewhere == pytest.approx(losses, rel=1e-3)
+    whole, sharded = (average_of(world / run) for run in ("byolip-elsewhere", "byolip"))
+    assert whole.keys() == sharded.keys()
+    assert any(name.startswith("objective.") for name in whole)
+    distance = sum((whole[name] - sharded[name]).square().sum() for name in whole).sqrt()
+    assert distance < 1e-2 * sum(weight.square().sum() for weight in whole.values()).sqrt()
+
+
+def average_of(run: Path) -> dict[str, torch.Tensor]:
+    """The teacher's weights, flat, put together from the files of all ranks."""
+    pieces: dict[str, list] = {}
+    for path in sorted((run / "checkpoints" / f"step_{NUM_STEPS}").glob("state_rank*")):
+        for key, tensor in load_file(path).items():
+            kind, start, name = key.split("/", 2)
+            if kind == "average" and tensor.numel():
+                pieces.setdefault(name, []).append((int(start), tensor))
+    return {
+        name: torch.cat([tensor for _, tensor in sorted(parts, key=lambda p: p[0])]) for name, parts in pieces.items()
+    }
+
+
+def test_every_recipe_has_values_that_go_together():
+    from train.config import TrainConfig
+
+    for name, recipe in RECIPES.items():
+        config = TrainConfig(**recipe())
+        config.objective.check()
+        assert recipe.__doc__.endswith((".", "weights.")), name
+    assert {RECIPES[f"pocket-{method}"]()["objective"].name for method in METHODS} == set(METHODS.values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"objective__num_strong_views": 3}, "num_strong_views=3 does not go with"),
+        ({"objective__text_dropout": 1.0}, "text_dropout=1.0 must be from 0"),
+        ({"objective__strong_temperature": 0.0}, "strong_temperature=0.0 must be positive"),
+        ({"objective__head_width": 0}, "head_width=0 must be at least 1"),
+        ({"objective__ssl_weight": -1.0}, "ssl_weight=-1.0 must be 0 or more"),
+    ],
+)
+def test_senseless_settings_of_an_objective_are_refused(flags, message):
+    from train.main import parse_config
+
+    with pytest.raises(ValueError, match=message):
+        parse_config("pocket-slip", list(training_flags("store", "run", **flags)))
