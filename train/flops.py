@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+from train.towers_and_heads import example_inputs, has_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ class StepCost:
     """What a pair costs and what a rank could do. None: unknown."""
 
     pair_flop: float | None
-    """forward and backward of one pair, both towers"""
+    """forward and backward of one pair: both towers on all its views, heads, teacher"""
     embed_dim: int | None
     peak_tflops: float | None
     """of one rank's device, in the precision that it trains in"""
@@ -78,7 +81,7 @@ def step_cost(
 
 
 def flop_of_a_pair(towers: torch.nn.Module, image_size: tuple[int, int], context_length: int) -> float | None:
-    """FLOP of the forward and backward pass of one pair; None for a model that can't run on the meta device.
+    """FLOP of forward and backward of all views of one pair, heads and teacher included; None for a model that can't run on the meta device.
 
     image_size: height, width in pixels. What is frozen costs no backward pass. A multiplication and an addition are two FLOP; only products
     and convolutions count.
@@ -91,8 +94,11 @@ def flop_of_a_pair(towers: torch.nn.Module, image_size: tuple[int, int], context
     try:
         # Patch dropout draws on the CPU: one rank counts, and must stay where the others are.
         with torch.random.fork_rng(devices=[]), FlopCounterMode(display=False) as counter:
-            outputs = twin(image_BCHW, text_BL)
+            outputs = tree_leaves(twin(*example_inputs(twin, image_BCHW, text_BL)))
             sum(output.sum() for output in outputs if output.requires_grad).backward()
+            if has_teacher(twin):
+                with torch.no_grad():
+                    twin(*example_inputs(twin, image_BCHW, text_BL)[:-1], None)
     except RuntimeError as error:
         # A tower that looks at values (a text tower of another library, for example) has none there.
         logger.warning("MFU will not be known, the model can't be counted without memory: %s", error)

@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from train.config import TrainConfig
 from train.ds_config import offload_device, precision, zero_stage
 from train.model import TwoTowers, attention_for, build_model
+from train.towers_and_heads import TowersAndHeads, build_towers, example_inputs, forward_passes, has_teacher
+from train.views import Views
 
 FP32, HALF = 4, 2
 # DeepSpeed's defaults where the JSON says nothing.
@@ -35,6 +37,7 @@ ACTIVATIONS, GATHERED, GRADIENTS, LOSS, STEP_COPIES = (
     "loss workspace",
     "copies for the optimizer's step",
 )
+TEACHER = "teacher's weights and average"
 # What is not there at the end of a forward pass over all rows, and at the optimizer's step.
 NOT_IN_FORWARD, NOT_IN_STEP = (GRADIENTS, STEP_COPIES), (ACTIVATIONS, GATHERED, LOSS)
 
@@ -55,6 +58,13 @@ class ModelSize:
     activation_bytes_fixed: int
     """16-bit copies of weights under torch_autocast"""
     input_bytes_per_row: int
+    feature_widths: int
+    """numbers of a pair that the towers hand to the loss, all views"""
+    num_head: int = 0
+    """weights of the objective's heads, among the trained ones"""
+    passes: tuple[int, int] = (1, 1)
+    """forward passes of a picture and of a text in a step"""
+    has_teacher: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,8 @@ class RankPlan:
 def model_size(config: TrainConfig, ds_config: dict[str, Any], *, flash_attention: bool) -> ModelSize:
     """Build the model without memory and count. flash_attention: as GPUs run it, else the plain products that a CPU runs."""
     clip, preprocess = build_model(config.model, config.loss.kind, device="meta")
-    towers = TwoTowers(clip, preprocess)
+    with torch.device("meta"):
+        towers = build_towers(clip, preprocess, config)
     trained = [weight for weight in towers.parameters() if weight.requires_grad]
     autocast = {
         id(w) for layer in towers.modules() if type(layer) in AUTOCAST_LAYERS for w in layer.parameters(recurse=False)
@@ -104,14 +115,26 @@ def model_size(config: TrainConfig, ds_config: dict[str, Any], *, flash_attentio
         embed_dim=few.embed_dim,
         activation_bytes_per_row=per_row,
         activation_bytes_fixed=max(0, few.saved - 2 * per_row),
-        input_bytes_per_row=3 * height * width + 8 * length,
+        input_bytes_per_row=input_bytes_per_row(config, towers, (height, width), length),
+        num_head=sum(weight.numel() for weight in getattr(towers, "objective", torch.nn.Module()).parameters()),
+        feature_widths=few.feature_widths,
+        passes=forward_passes(towers),
+        has_teacher=has_teacher(towers),
     )
+
+
+def input_bytes_per_row(config: TrainConfig, towers: TwoTowers, side: tuple[int, int], length: int) -> int:
+    """Pictures of uint8 and tokens of int64, of all views of a pair."""
+    views = getattr(towers, "views", Views())
+    height, width = (config.strong_augment.size,) * 2 if config.strong_augment.size else side
+    return 3 * (side[0] * side[1] + views.strong_images * height * width) + 8 * length * views.num_texts
 
 
 @dataclass(frozen=True)
 class Saved:
     saved: int
     embed_dim: int
+    feature_widths: int
 
 
 def saved_bytes(towers: TwoTowers, rows: int, shape: tuple[int, int, int], length: int, kind: str) -> Saved:
@@ -136,8 +159,13 @@ def saved_bytes(towers: TwoTowers, rows: int, shape: tuple[int, int, int], lengt
         texts = torch.ones(rows, length, dtype=torch.int64)
         context = torch.autocast("cpu", torch.bfloat16) if kind == "torch_autocast" else nullcontext()
         with context, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            features = torch.func.functional_call(towers, tensors, (images, texts))
-    return Saved(sum(storage.nbytes() for storage in kept.values()), features[0].shape[1])
+            features = torch.func.functional_call(towers, tensors, example_inputs(towers, images, texts))
+    saved = sum(storage.nbytes() for storage in kept.values())
+    if not isinstance(towers, TowersAndHeads):
+        return Saved(saved, features[0].shape[1], 2 * features[0].shape[1])
+    # What the heads give is a row for each pair; scales are one number.
+    outputs = [output for output in features[0].values() if output.ndim == 2]
+    return Saved(saved, features[-1].shape[1], sum(output.shape[1] for output in outputs))
 
 
 @contextmanager
@@ -170,7 +198,7 @@ def plan_rank(size: ModelSize, config: TrainConfig, ds_config: dict[str, Any], w
 
 def _batch(size: ModelSize, config: TrainConfig, rows: int, num_chunks: int) -> dict[str, int]:
     """What grows with the batch."""
-    features = 2 * rows * size.embed_dim * FP32
+    features = rows * size.feature_widths * FP32
     gathered = 2 * config.batch_size * size.embed_dim * FP32
     at_once = -(-rows // num_chunks)
     return {
@@ -212,6 +240,9 @@ def _states(
     copies = FP32 * (share if stage else size.num_trained)
     away = host if offload_device(ds_config, "optimizer") != "none" else device
     away["optimizer"], away[STEP_COPIES] = optimizer, copies
+    if size.has_teacher:
+        # Its average lies as the masters do; what forward uses is whole on every rank.
+        device[TEACHER] = width * num_weights + (FP32 * share if stage else 0)
     if stage:
         device["reduce buckets"] = reduce_bytes(size, ds_config, width)
     return {**device, **batch}, host
@@ -241,6 +272,8 @@ def _wire(
         # Reduced to its owner; at ZeRO-0 to everyone, which is twice as much.
         "gradients": int(part * gradients * (2 if stage == 0 else 1)),
         "weights": int(part * weights * passes),
-        "features": 2 * rows * size.embed_dim * FP32 * (world_size - 1),
+        "features": rows * size.feature_widths * FP32 * (world_size - 1),
+        # A sum over ranks of what each holds a share of.
+        **({"teacher's weights": int(2 * part * width * size.num_trained)} if size.has_teacher and stage else {}),
         "loss": int(part * config.batch_size * 8 * FP32 * 2),
     }

@@ -58,11 +58,24 @@ def _heading(config: TrainConfig, recipe: str, ds_config: dict[str, Any], size: 
     micro = (
         f"micro-batches of {config.micro_batch_size:,}" if config.micro_batch_size else "all pairs of a rank at once"
     )
-    weights = f"{config.model.name}, {total / 1e6:,.1f} M weights{frozen}"
+    heads = f", {size.num_head / 1e6:,.1f} M of them in heads" if size.num_head else ""
+    weights = f"{config.model.name}, {total / 1e6:,.1f} M weights{frozen}{heads}"
     return [
         f"{recipe}: {weights}; {config.loss.kind} loss; batch of {config.batch_size:,}, {micro}",
+        *_passes(config, size),
         f"{config.ds_config}: ZeRO {zero_stage(ds_config)}, {precision(ds_config)}"
         + (", activation checkpointing" if config.model.grad_checkpointing else ""),
+    ]
+
+
+def _passes(config: TrainConfig, size: ModelSize) -> list[str]:
+    """What the views cost, for objectives that have some."""
+    if config.objective.name == "clip":
+        return []
+    image, text = size.passes
+    teacher = ", the teacher's included" if size.has_teacher else ""
+    return [
+        f"{config.objective.name}: {image} forward passes of each picture and {text} of each text in a step{teacher}"
     ]
 
 

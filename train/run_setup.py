@@ -28,7 +28,7 @@ from train.run_manifest import write_run_manifest
 from train.same_run import check_same_data, check_same_run
 from train.skipped import SkippedSteps
 from train.teacher import Teacher
-from train.towers_and_heads import TowersAndHeads, build_towers
+from train.towers_and_heads import build_towers, has_teacher
 from train.views import Views
 
 
@@ -74,7 +74,7 @@ def set_up(config: TrainConfig, recipe: str, ranks: Ranks, phases: Phases, stop_
         check_same_data(run, dataset.identity())
     barrier()  # every rank has read the run folder before rank 0 writes to it
     cost = step_cost(towers, dataset.image_size, ds_config, ranks.device) if ranks.is_main else None
-    teacher = _teacher(towers)
+    teacher = Teacher(towers, towers.objective.teacher_momentum) if has_teacher(towers) else None
     engine = Engine(
         towers, ds_config, config.optim, batch_size=config.batch_size, ranks=ranks, phases=phases, teacher=teacher
     )
@@ -117,12 +117,6 @@ def set_up(config: TrainConfig, recipe: str, ranks: Ranks, phases: Phases, stop_
         if line:
             parts.log.say(line)
     return parts
-
-
-def _teacher(towers: TwoTowers) -> Teacher | None:
-    if not isinstance(towers, TowersAndHeads) or towers.objective.teacher_momentum is None:
-        return None
-    return Teacher(towers, towers.objective.teacher_momentum)
 
 
 def _saver(

@@ -44,7 +44,7 @@ class TowersAndHeads(TwoTowers):
 
     def forward(self, task: str, *inputs: Any) -> Any:
         """ENCODE images, texts -> the fields of `Encoded` as tuples. HEADS those fields without scalars, teacher's outputs -> outputs,
-        scalars, own scales by name. WHOLE images, texts, teacher's outputs -> the same and the weak image and text features.
+        scalars. WHOLE images, texts, teacher's outputs -> the same and the weak image and text features.
 
         images: uint8 [B, 3, H, W] and texts: int64 [B, L], the weak view and the strong ones.
         """
@@ -54,9 +54,7 @@ class TowersAndHeads(TwoTowers):
         scalars = self.scalars()
         # Not by a call: ZeRO-3's hooks would look for tensors in what is no tuple. Its parameters are gathered as the towers' own are.
         outputs = self.objective.forward(Encoded(*encoded, scalars), teacher)
-        with torch.no_grad():
-            scales = {name: self.objective.scale(name) for name in self.objective.temperatures}
-        return (outputs, scalars, scales, *((encoded[0][0], encoded[1][0]) if task == WHOLE else ()))
+        return (outputs, scalars, *((encoded[0][0], encoded[1][0]) if task == WHOLE else ()))
 
     def encode(self, images: Tensors, texts: Tensors) -> tuple[Tensors, Tensors, Tensors, Tensors, Tensors]:
         with attention_for(images[0].device):
@@ -111,3 +109,24 @@ def build_towers(clip: torch.nn.Module, preprocess: PreprocessCfg, config: Train
     if config.objective.name == "clip":
         return TwoTowers(clip, preprocess)
     return TowersAndHeads(clip, preprocess, build_objective(config, tower_widths(clip)), config.objective)
+
+
+def example_inputs(towers: TwoTowers, image_BCHW: torch.Tensor, text_BL: torch.Tensor) -> tuple[Any, ...]:
+    """What the module takes in a step, made of one view; the heads are set to need no other rank. For counting on a copy."""
+    if not isinstance(towers, TowersAndHeads):
+        return image_BCHW, text_BL
+    # In train mode their BatchNorms would wait for ranks that do not count.
+    towers.objective.eval()
+    # Targets of a teacher are the loss's matter; that there are some is all that `forward` asks.
+    return WHOLE, (image_BCHW,) * towers.views.num_images, (text_BL,) * towers.views.num_texts, {}
+
+
+def has_teacher(towers: TwoTowers) -> bool:
+    return isinstance(towers, TowersAndHeads) and towers.objective.teacher_momentum is not None
+
+
+def forward_passes(towers: TwoTowers) -> tuple[int, int]:
+    """How often a step passes each picture and each text through its tower."""
+    views = getattr(towers, "views", Views())
+    times = 2 if has_teacher(towers) else 1
+    return views.num_images * times, views.num_texts * times
