@@ -77,6 +77,9 @@ class Engine:
     Collective: every rank constructs it, and every method is called by every rank.
     """
 
+    teacher: Teacher | None = None
+    """an average of the weights that follows every step taken, for objectives that have one"""
+
     def __init__(
         self,
         module: torch.nn.Module,

@@ -81,7 +81,7 @@ def step_cost(
 
 
 def flop_of_a_pair(towers: torch.nn.Module, image_size: tuple[int, int], context_length: int) -> float | None:
-    """FLOP of forward and backward of all views of one pair, heads and teacher included; None for a model that can't run on the meta device.
+    """FLOP of forward and backward of all views of one pair, heads and teacher included; None for a model that can't run without memory.
 
     image_size: height, width in pixels. What is frozen costs no backward pass. A multiplication and an addition are two FLOP; only products
     and convolutions count.
