@@ -31,7 +31,7 @@ def usage() -> str:
         "",
         "recipes:",
     ]
-    lines += [f"  {name:<18}{recipe.__doc__}" for name, recipe in RECIPES.items()]
+    lines += [f"  {name:<24}{recipe.__doc__}" for name, recipe in RECIPES.items()]
     lines += [
         "",
         f"`python {PROGRAM} RECIPE --ds_config FILE --plan` says what a run would take (memory, steps), without training.",

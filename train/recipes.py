@@ -4,10 +4,28 @@ A recipe's fields that name folders (`out`, `data.store`, ...) are left to the c
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from train.config import AugmentConfig, DataConfig, LossConfig, ModelConfig, OptimConfig
+from train.config import (
+    STRONG_AUGMENT,
+    AugmentConfig,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+)
 
+# Recipes of methods, by what their names end with, and the objective each trains.
+METHODS = {
+    "slip": "slip",
+    "rocket": "cl2l",
+    "siamlip": "siamlip",
+    "byolip": "byolip",
+    "barlip": "barlip",
+    "swalip": "swalip",
+}
 POCKET_AUGMENT = AugmentConfig(scale=(0.6, 1.0), phrase_separator="; ")
 POCKET_OPTIM = OptimConfig(lr=1e-3, wd=0.1, warmup=100)
 
@@ -70,10 +88,128 @@ def helip_refine() -> dict[str, Any]:
     )
 
 
+def pocket_objective(method: str) -> ObjectiveConfig:
+    """A method with heads that two CPU cores can train."""
+    return replace(
+        objective_of(method), head_width=256, head_dim=64, siam_width=256, siam_dim=64, barlow_width=256, barlow_dim=256
+    )
+
+
+def objective_of(method: str) -> ObjectiveConfig:
+    """A method with the published widths and weights."""
+    # Sinkhorn's assignments take the place of smoothed targets.
+    more = {"strong_label_smoothing": 0.0, "ssl_weight": 0.2} if method == "swalip" else {}
+    return ObjectiveConfig(name=METHODS[method], **more)
+
+
+def pocket_method(method: str) -> Callable[[], dict[str, Any]]:
+    """The recipe of a method on the pocket data."""
+    augment = POCKET_AUGMENT if method == "slip" else replace(POCKET_AUGMENT, stop_words_prob=0.8)
+
+    def recipe() -> dict[str, Any]:
+        return {
+            **pocket_pretrain(),
+            "augment": augment,
+            # Pocket pictures show one thing: a small cut of it is nothing.
+            "strong_augment": replace(STRONG_AUGMENT, scale=(0.3, 1.0), phrase_separator="; "),
+            "objective": pocket_objective(method),
+        }
+
+    recipe.__doc__ = f"{TITLES[method]} on the pocket data, with small heads."
+    return recipe
+
+
+def pocket_slip_refine() -> dict[str, Any]:
+    """HELIP on pocket-slip's model, SimCLR's term kept; give --model.pretrained the run of pocket-slip, whose head is taken over."""
+    return {**pocket_method("slip")(), **pocket_refine(), "objective": pocket_objective("slip")}
+
+
+TITLES = {
+    "slip": "SLIP: CLIP and SimCLR on two strong views of each picture",
+    "rocket": "CLIP-rocket: weak and strong views of both towers, heads and a temperature for the strong ones",
+    "siamlip": "SiamLIP: CLIP-rocket's loss and a cross-modal SimSiam",
+    "byolip": "BYOLIP: SiamLIP with an averaged teacher's targets",
+    "barlip": "BarLIP: CLIP-rocket's loss and a cross-modal Barlow Twins",
+    "swalip": "SwALIP: CLIP-rocket's loss and a swapped assignment within the batch",
+}
+# Name, passes of SLIP, steps of an epoch of 4096 pairs (3.3, 12.4 and 14.7 million), and what CLIP-rocket changes between data sets.
+DATA_SETS = {
+    "cc3m": ("CC3M", 40, 806),
+    "cc12m": ("CC12M", 35, 3027),
+    "yfcc15m": ("YFCC15M", 25, 3586),
+}
+
+
+def slip_vit_b16(data: str) -> Callable[[], dict[str, Any]]:
+    """SLIP's published recipe on a data set."""
+    title, epochs, epoch_steps = DATA_SETS[data]
+
+    def recipe() -> dict[str, Any]:
+        return dict(
+            model=ModelConfig(name="ViT-B-16"),
+            augment=AugmentConfig(scale=(0.5, 1.0), interpolation="bilinear"),
+            strong_augment=replace(STRONG_AUGMENT, interpolation="bilinear"),
+            objective=objective_of("slip"),
+            optim=OptimConfig(lr=3e-3, wd=0.1, beta2=0.98, eps=1e-8, warmup=epoch_steps, lr_end=1e-5),
+            batch_size=4096,
+            epochs=epochs,
+        )
+
+    recipe.__doc__ = f"{TITLES['slip']}, ViT-B/16 on {title} (needs GPUs)."
+    return recipe
+
+
+def rocket_rn50(data: str, method: str) -> Callable[[], dict[str, Any]]:
+    """CLIP-rocket's published recipe for a method on a data set: a ResNet-50, 32 epochs of 4096."""
+    title, _, epoch_steps = DATA_SETS[data]
+    text_dropout = {"cc3m": 0.2, "cc12m": 0.05 if method == "rocket" else 0.1, "yfcc15m": 0.0}[data]
+    stop_words = 0.9 if data == "yfcc15m" else 0.8
+
+    def recipe() -> dict[str, Any]:
+        return dict(
+            model=ModelConfig(name="rocket-rn50-text6" if data == "cc3m" else "rocket-rn50"),
+            augment=AugmentConfig(scale=(0.5, 1.0), stop_words_prob=stop_words),
+            strong_augment=replace(STRONG_AUGMENT, stop_words_prob=stop_words),
+            objective=replace(
+                objective_of(method), text_dropout=text_dropout, reduction="avg" if data == "cc3m" else "sum"
+            ),
+            optim=OptimConfig(
+                lr=3e-3, wd=0.5 if data == "cc3m" else 0.1, beta2=0.98, eps=1e-8, warmup=epoch_steps, lr_end=1e-5
+            ),
+            batch_size=4096,
+            epochs=32,
+        )
+
+    recipe.__doc__ = f"{TITLES[method]}, ResNet-50 on {title} (needs GPUs)."
+    return recipe
+
+
+def yfcc15m_rocket_vit_b16() -> dict[str, Any]:
+    """CLIP-rocket: weak and strong views of both towers, ViT-B/16 on YFCC15M (needs GPUs)."""
+    recipe = rocket_rn50("yfcc15m", "rocket")()
+    return {
+        **recipe,
+        "model": ModelConfig(name="ViT-B-16", grad_checkpointing=True),
+        "augment": replace(recipe["augment"], stop_words_prob=0.8),
+        "strong_augment": STRONG_AUGMENT,
+        "epochs": 25,
+    }
+
+
 RECIPES: dict[str, Callable[[], dict[str, Any]]] = {
     "pocket-pretrain": pocket_pretrain,
     "pocket-refine": pocket_refine,
     "pocket-control": pocket_control,
     "cc12m-pretrain": cc12m_pretrain,
     "helip-refine": helip_refine,
+    **{f"pocket-{method}": pocket_method(method) for method in METHODS},
+    "pocket-slip-refine": pocket_slip_refine,
+    **{f"{data}-slip-vit-b16": slip_vit_b16(data) for data in DATA_SETS},
+    **{
+        f"{data}-{method}-rn50": rocket_rn50(data, method)
+        for data in DATA_SETS
+        for method in METHODS
+        if method != "slip"
+    },
+    "yfcc15m-rocket-vit-b16": yfcc15m_rocket_vit_b16,
 }
