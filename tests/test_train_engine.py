@@ -90,7 +90,16 @@ def test_a_missing_file_and_broken_json_are_named(tmp_path):
         read_ds_config(tmp_path / "torn.json")
 
 
-REGIMES = ("cpu", "zero1_bf16", "zero2_bf16", "zero2_offload", "zero3_bf16", "zero3_offload", "zero3_nvme")
+REGIMES = (
+    "zero0_bf16",
+    "cpu",
+    "zero1_bf16",
+    "zero2_bf16",
+    "zero2_offload",
+    "zero3_bf16",
+    "zero3_offload",
+    "zero3_nvme",
+)
 NUM_STEPS = 20
 CELL = Cell(1, "autocast", "none", 1, 1, "contrastive")
 
