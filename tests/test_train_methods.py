@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from tests.ranks import run_on_ranks
 from tests.tiny_world import TINY_VIT, tiny_store, tiny_table, train_here, training_flags
 from train.recipes import METHODS, RECIPES
-from train.run_setup import set_up  # noqa: F401 (what the ranks are forked with)
 
 REGIMES = {
     "stage_0": {"zero_optimization": {"stage": 0}},
@@ -32,7 +31,7 @@ RUNS = {
 }
 NUM_STEPS, SAVED_STEP, ROWS = 20, 12, 16
 FLAGS = {"model__name": "tiny-vit", "max_steps": NUM_STEPS, "save_every_steps": SAVED_STEP, "keep_checkpoints": 9}
-FLAGS |= {"threads": 1, "batch_size": ROWS, "optim__warmup": 4, "optim__lr": 2e-3, "trackers": ()}
+FLAGS |= {"threads": 1, "batch_size": ROWS, "optim__warmup": 4, "optim__lr": 2e-3}
 WIDTHS = {"head_width": 32, "head_dim": 16, "siam_width": 32, "siam_dim": 16, "barlow_width": 32, "barlow_dim": 32}
 FLAGS |= {f"objective__{name}": width for name, width in WIDTHS.items()}
 HEADS = "objective.safetensors"
@@ -54,8 +53,7 @@ def train_method(rank: int, world_size: int, world: Path, method: str, out: str,
 
     open_clip.add_model_config(world)
     flags = training_flags(world / "store", world / out, world / f"{regime}.json", **{**FLAGS, **more})
-    cut = flags.index("--trackers")
-    train_here(rank, world_size, [*flags[: cut + 1], *flags[cut + 2 :]], f"pocket-{method}")
+    train_here(rank, world_size, [*flags, "--trackers"], f"pocket-{method}")
 
 
 def train_methods(rank: int, world_size: int, world: Path) -> list[str]:
@@ -137,7 +135,7 @@ def test_the_exported_model_is_the_towers_alone_and_the_heads_lie_beside_it(trai
 @pytest.mark.slow
 def test_a_refinement_takes_over_the_heads_of_its_own_objective_and_leaves_others(trained, world):
     taken = [line for line in trained if line.startswith("the heads of slip")]
-    assert "(10 tensors)" in taken[0] or "are those of" in taken[0]
+    assert taken[0].startswith("the heads of slip are those of ")
     assert taken[1].endswith("are left there")
     rows = rows_of(world / "refined")
     assert len(rows) == 2
