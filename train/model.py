@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -106,8 +107,10 @@ def fit_scalars(model: torch.nn.Module, loss_kind: str) -> None:
             model.logit_scale.fill_(SIGLIP_LOG_SCALE)
 
 
-def save_model(folder: Path, name: str, state_dict: Mapping[str, torch.Tensor], preprocess: PreprocessCfg) -> None:
-    """Write what plain `open_clip.create_model_and_transforms("local-dir:FOLDER")` loads: fp32 weights and the config."""
+def save_model(
+    folder: Path, name: str, state_dict: Mapping[str, torch.Tensor], preprocess: PreprocessCfg
+) -> dict[str, Any]:
+    """Write what plain `open_clip.create_model_and_transforms("local-dir:FOLDER")` loads: fp32 weights and the config, returned."""
     config = architecture(name)
     if "logit_bias" in state_dict:
         # Without it open_clip would build a model that has no bias.
@@ -118,6 +121,7 @@ def save_model(folder: Path, name: str, state_dict: Mapping[str, torch.Tensor], 
     )
     if has_own_merges(config):
         (folder / MERGES_FILE).write_bytes(first_merges(config["text_cfg"]["vocab_size"]))
+    return config
 
 
 class ExportedTensors(Mapping[str, torch.Tensor]):

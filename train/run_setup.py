@@ -23,6 +23,7 @@ from train.metrics import MetricsLog, StepClock
 from train.model import TwoTowers, build_model, build_tokenizer, no_words, resolve
 from train.objective_files import take_over_heads
 from train.phases import Phases
+from train.published_heads import take_over_published_heads
 from train.random_state import seed_generators, seed_random_state
 from train.run_manifest import write_run_manifest
 from train.same_run import check_same_data, check_same_run
@@ -65,7 +66,10 @@ def set_up(config: TrainConfig, recipe: str, ranks: Ranks, phases: Phases, stop_
         check_same_run(run, config)
     model, preprocess = build_model(config.model, config.loss.kind, say=print if ranks.is_main else no_words)
     towers = build_towers(model, preprocess, config)
-    heads = take_over_heads(config.model.pretrained, getattr(towers, "objective", None), config.objective)
+    objective = getattr(towers, "objective", None)
+    heads = take_over_published_heads(objective, config.model) or take_over_heads(
+        config.model.pretrained, objective, config.objective
+    )
     start = find_checkpoint(run, ranks, towers)
     first_step = start.step if start else 0
     dataset = _dataset(config, ranks, preprocess.size, towers)

@@ -23,6 +23,7 @@ from train.pretrained.translated import (
     text_config,
 )
 
+FAMILY = "DeCLIP"
 TEXT = "encode_text."
 VOCABULARY_SIZE = CLIP_VOCABULARY_SIZE + 1
 # Where our tokens start, end and mask stand in DeCLIP's vocabulary.
@@ -73,7 +74,7 @@ def translate(file: Tensors) -> Translated:
         notes.append("FILIP's token-wise similarity is left: its global features alone are used")
     size = config["vision_cfg"]["image_size"]
     return Translated(
-        "DeCLIP",
+        FAMILY,
         name_for("declip", config),
         config,
         preprocessing(size, IMAGENET_MEAN, IMAGENET_STD, "bilinear"),
