@@ -240,27 +240,13 @@ class Engine:
                     self._clamp_log_scale(parameter)
 
     def _clamp_log_scale(self, scale: torch.nn.Parameter) -> None:
-        """Hold the temperature's fp32 master and the copy that the next forward sees below the limit, at every ZeRO stage."""
-        from deepspeed import zero
-        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
+        """Hold the temperature's fp32 master and what the next forward sees of it within the limits, at every ZeRO stage.
 
-        if self.stage == 0:
-            with torch.no_grad():
-                scale.clamp_(0, self.max_log_scale)
-            return
-        master = safe_get_full_fp32_param(scale)
-        if 0 <= master.item() <= self.max_log_scale:
-            return
-        clamped = master.clamp(0, self.max_log_scale)
-        if self.stage < 3:
-            safe_set_full_fp32_param(scale, clamped)
-            with torch.no_grad():
-                scale.clamp_(0, self.max_log_scale)
-            return
-        # One slot a rank: rank 0 owns the value, the others hold padding.
-        safe_set_local_fp32_param(scale, clamped)
-        with zero.GatheredParameters([scale], modifier_rank=0), torch.no_grad():
-            scale.clamp_(0, self.max_log_scale)
+        Whatever it is now: to look at it first, the host would wait for the device.
+        """
+        with torch.no_grad(), self.state.forms_of(scale) as forms:
+            for form in forms:
+                form.clamp_(0, self.max_log_scale)
 
     def _set_masters(self, exact: dict[str, torch.Tensor]) -> None:
         """Give the masters of trained weights the values in `exact`, {name: float32, whole}."""

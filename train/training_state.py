@@ -122,6 +122,25 @@ class TrainingState:
         if self.stage == 3:
             self.engine.optimizer.checkpoint_event_prologue()
 
+    @contextmanager
+    def forms_of(self, parameter: torch.nn.Parameter) -> Iterator[list[torch.Tensor]]:
+        """Live tensors with this rank's values of a small trained parameter: its part of the fp32 master, and what forward uses.
+
+        An operation on single numbers that all ranks do to all of them inside holds from the next forward on.
+        """
+        if self.stage == 0:
+            yield [parameter]
+        elif self.stage < 3:
+            mapping = parameter._hp_mapping
+            yield [parameter, *([mapping.hp_fragment] if mapping is not None else [])]
+        else:
+            optimizer = self.engine.optimizer
+            sub_group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            with self._swapped_in(sub_group):
+                master = optimizer.fp32_partitioned_groups_flat[sub_group].detach().narrow(0, offset, length)
+                # Whole while every rank keeps it between steps, else empty; so small a partition is never swapped to NVMe.
+                yield [master, parameter.ds_tensor.detach(), parameter.data]
+
     def _held_whole(self, new_moments: Moments | None) -> Iterator[HeldTensor]:
         for name, parameter in self.trainable.items():
             if new_moments and name in new_moments.steps:

@@ -18,7 +18,7 @@ from kernels.contrastive.gradient import gradients
 from kernels.contrastive.hardest import Candidates, refine_hardest
 from kernels.contrastive.reference import contrastive_reference
 from kernels.contrastive.state import NUM_NUMBERS, ForwardState, Options, anchors_of, part_of, state_length
-from kernels.rows.function import Layout, Towers, gather_rows, reduce_vector
+from kernels.rows.function import Layout, Towers, gather_rows, reduce_vector, start_gather
 from kernels.rows.gradient import Wanted
 from kernels.rows.precision import accumulation_dtype
 from kernels.rows.registration import Loss, register
@@ -51,11 +51,12 @@ def forward(towers: Towers, scale: float, options: Options, layout: Layout) -> t
     # A tie with another row counts as wrong: features that have collapsed to one point score 0, not 1.
     image_correct_B = stats.tile_diagonal_B > stats.row_max_B
     text_correct_B = stats.tile_diagonal_B > text_max_G[layout.own]
+    own_rows = torch.stack([positive_B, image_off_B, exact_image_off_B, exact_text_off_B], 1)
+    gathered_rows = start_gather(own_rows, layout)
     own_sums = [own_loss, image_correct_B.double().sum(), text_correct_B.double().sum(), stats.row_hinge_A.sum()]
     sums = reduce_vector(torch.stack(own_sums), layout, dist.ReduceOp.SUM)
     loss_sum, image_correct, text_correct, image_hinge = sums
-    own_rows = torch.stack([positive_B, image_off_B, exact_image_off_B, exact_text_off_B], 1)
-    positive_G, image_off_G, *exact_off_G = gather_rows(own_rows, layout).unbind(1)
+    positive_G, image_off_G, *exact_off_G = gathered_rows().unbind(1)
     # Gradients keep the sweep's sums for the rows that they take from the sweep: a row's softmax must sum to one.
     hard_image, hard_text = (Candidates.of(off_G - positive_G, image_BD.dtype) for off_G in (image_off_G, text_off_G))
     mean_positive_cosine = positive_G.mean() / scale

@@ -5,7 +5,7 @@ Shape letters: `B` rows of this rank, `G` rows of all ranks, `D` embedding, `X` 
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,7 @@ def exchange_layout(
         rank = dist.get_rank(process_group)
         own = torch.tensor(headers, dtype=torch.float64, device=image_BD.device)
         every = own.new_empty(dist.get_world_size(process_group), own.shape[1])
-        _all_gather(every, own, process_group)
+        _start_all_gather(every, own, process_group).wait()
         headers = every.tolist()
     _check_agreement([header[1:] for header in headers], agreed)
     # NaN passes, so that it shows in the loss.
@@ -124,7 +124,9 @@ def _check_agreement(values: list[list[float]], agreed: Mapping[str, float | str
 
 def gather_towers(image_BD: Tensor, text_BD: Tensor, layout: Layout) -> Towers:
     """Collective: every rank calls."""
-    return Towers(image_BD, text_BD, gather_rows(image_BD, layout), gather_rows(text_BD, layout))
+    # Both on their way at once: between few ranks a wait takes longer than the bytes.
+    image_GD, text_GD = start_gather(image_BD, layout), start_gather(text_BD, layout)
+    return Towers(image_BD, text_BD, image_GD(), text_GD())
 
 
 def gather_rows(rows_BX: Tensor, layout: Layout, *, rows_per_item: int = 1) -> Tensor:
@@ -132,15 +134,19 @@ def gather_rows(rows_BX: Tensor, layout: Layout, *, rows_per_item: int = 1) -> T
 
     `rows_per_item` > 1 gathers one item for that many rows. Without a process group the input itself comes back.
     """
+    return start_gather(rows_BX, layout, rows_per_item=rows_per_item)()
+
+
+def start_gather(rows_BX: Tensor, layout: Layout, *, rows_per_item: int = 1) -> Callable[[], Tensor]:
+    """Begin what `gather_rows` does; the call that comes back waits and gives the rows. Collective: every rank calls."""
     if layout.process_group is None:
-        return rows_BX
+        return lambda: rows_BX
     counts = [count // rows_per_item for count in layout.counts]
     gathered = rows_BX.new_empty(sum(counts), rows_BX.shape[1])
     # Bytes, since not every communication library knows every dtype.
     wire, own = gathered.view(torch.uint8), rows_BX.contiguous().view(torch.uint8)
     if len(set(counts)) == 1:
-        _all_gather(wire, own, layout.process_group)
-        return gathered
+        return _when_done([_start_all_gather(wire, own, layout.process_group)], gathered)
     # Unequal shards: one broadcast each into its place, so that nothing is padded and a rank may have no row.
     pending = []
     for rank, part in enumerate(wire.split(counts)):
@@ -148,15 +154,22 @@ def gather_rows(rows_BX: Tensor, layout: Layout, *, rows_per_item: int = 1) -> T
             part.copy_(own)
         if len(part):
             pending.append(dist.broadcast(part, group_src=rank, group=layout.process_group, async_op=True))
-    for work in pending:
-        work.wait()
-    return gathered
+    return _when_done(pending, gathered)
 
 
-def _all_gather(every: Tensor, own: Tensor, process_group: dist.ProcessGroup) -> None:
+def _when_done(pending: Sequence[dist.Work], result: Tensor) -> Callable[[], Tensor]:
+    def wait() -> Tensor:
+        for work in pending:
+            work.wait()
+        return result
+
+    return wait
+
+
+def _start_all_gather(every: Tensor, own: Tensor, process_group: dist.ProcessGroup) -> dist.Work:
     # Torch 2.14 renamed it, and warns of the name that older ones know.
     gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
-    gather(every, own, group=process_group)
+    return gather(every, own, group=process_group, async_op=True)
 
 
 def reduce_vector(vector: Tensor, layout: Layout, operation: dist.ReduceOp) -> Tensor:
