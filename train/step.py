@@ -41,8 +41,8 @@ def train_step(engine: Engine, config: TrainConfig, batch: RankBatch, rate: floa
     """Forward, loss over all ranks' rows, backward, optimizer step. What is not finite changes nothing.
 
     The loss is the same number on every rank, and so is what a reduced gradient holds, so all skip together. Nothing is read from the
-    device here. What waits for it all the same, once a step: the loss's operation, for its scalars and the ranks' row counts; DeepSpeed,
-    for its answer, finite or not, before it steps; the clamp of the temperature. Collective: every rank calls.
+    device here. What waits for it all the same, once a step each: the loss's operation, for its scalars, the ranks' row counts and the
+    number of its hardest pairs; the engine, for the answer, finite or not, before it steps. Collective: every rank calls.
     """
     if config.objective.name != "clip":
         return objective_train_step(engine, config, batch, rate)
