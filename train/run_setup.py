@@ -30,6 +30,7 @@ from train.same_run import check_same_data, check_same_run
 from train.skipped import SkippedSteps
 from train.teacher import Teacher
 from train.towers_and_heads import build_towers, has_teacher
+from train.view_size import check_view_size
 from train.views import Views
 
 
@@ -165,6 +166,8 @@ def _dataset(
         "views": getattr(towers, "views", Views()),
         "strong_augment": config.strong_augment,
     }
+    if settings["views"].strong_images:
+        check_view_size(towers, config.model.name, settings["image_size"], config.strong_augment.size)
     if not config.data.shards:
         return StepDataset(config.data, config.augment, **settings)
     folder = Path(config.data.shard_index or Path(config.out) / "shard_index")
