@@ -21,11 +21,13 @@ def cross_entropy(logits: Sequence[torch.Tensor], target: int, smoothing: float 
     return (1 - smoothing) * (total - logits[target]) + smoothing * uniform
 
 
-def clip_term(image, text, scale, smoothing: float = 0.0) -> torch.Tensor:
+def clip_term(image, text, scale, smoothing: float = 0.0, anchors_alone: bool = False) -> torch.Tensor:
+    """anchors_alone: candidates carry no gradient."""
     loss = 0
-    for i in range(len(image)):
-        loss = loss + cross_entropy([scale * image[i] @ other for other in text], i, smoothing)
-        loss = loss + cross_entropy([scale * text[i] @ other for other in image], i, smoothing)
+    for x, y in ((image, text), (text, image)):
+        candidates = y.detach() if anchors_alone else y
+        for i in range(len(x)):
+            loss = loss + cross_entropy([scale * x[i] @ other for other in candidates], i, smoothing)
     return loss / (2 * len(image))
 
 
@@ -79,7 +81,9 @@ def sinkhorn_by_loops(cosine: torch.Tensor, epsilon: float, iterations: int) -> 
     return [[value * num_rows for value in row] for row in weight]
 
 
-def swapped_term(image: Sequence, text: Sequence, scale, epsilon: float, iterations: int) -> torch.Tensor:
+def swapped_term(
+    image: Sequence, text: Sequence, scale, epsilon: float, iterations: int, anchors_alone: bool = False
+) -> torch.Tensor:
     loss, num_rows = 0, len(image[0])
     for a in range(2):
         for b in range(2):
@@ -88,8 +92,9 @@ def swapped_term(image: Sequence, text: Sequence, scale, epsilon: float, iterati
                 (text[b], text[1 - b], image[a], image[1 - a]),
             ):
                 assigned = sinkhorn_by_loops((other_x @ other_y.T).detach(), epsilon, iterations)
+                candidates = y.detach() if anchors_alone else y
                 for i in range(num_rows):
-                    log_softmax = torch.log_softmax(torch.stack([scale * x[i] @ row for row in y]), 0)
+                    log_softmax = torch.log_softmax(torch.stack([scale * x[i] @ row for row in candidates]), 0)
                     loss = loss - sum(assigned[i][j] * log_softmax[j] for j in range(num_rows)) / (2 * num_rows)
     return loss / 4
 

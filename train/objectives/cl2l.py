@@ -56,7 +56,7 @@ class Cl2lObjective(Objective):
         weak = weak_loss(self.config, outputs, encoded_scalars, group, share)
         strong = self._strong(outputs, group)
         loss = weak.loss + share * self.num_views * strong.loss
-        values = {**weak.values, **strong.values, "strong_logit_scale": outputs["strong_scale"].detach().reshape(())}
+        values = {**weak.values, **strong.values}
         own = self.own_term(outputs, teacher_outputs, group)
         if own is not None:
             loss, values[self.own_name] = loss + settings.ssl_weight * own, own.detach()
