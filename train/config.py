@@ -302,6 +302,11 @@ class ObjectiveConfig:
     """the published implementations' gradients on several ranks, for comparison: gathers without gradient in all terms between images and
     texts, Barlow Twins' divided by the number of ranks"""
 
+    @property
+    def towers_alone(self) -> bool:
+        """CLIP as it is: no heads, no views, no gradients but exact ones."""
+        return self.name == "clip" and not self.legacy_gradients
+
     def check(self) -> None:
         """Raises ValueError for a value that has no meaning, naming its flag."""
         if self.num_strong_views < 1:

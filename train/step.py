@@ -44,7 +44,7 @@ def train_step(engine: Engine, config: TrainConfig, batch: RankBatch, rate: floa
     device here. What waits for it all the same, once a step each: the loss's operation, for its scalars, the ranks' row counts and the
     number of its hardest pairs; the engine, for the answer, finite or not, before it steps. Collective: every rank calls.
     """
-    if config.objective.name != "clip":
+    if not config.objective.towers_alone:
         return objective_train_step(engine, config, batch, rate)
     if config.micro_batch_size:
         return cached_train_step(engine, config, batch, rate)

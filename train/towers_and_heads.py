@@ -106,7 +106,7 @@ def build_towers(clip: torch.nn.Module, preprocess: PreprocessCfg, config: Train
 
     Raises ValueError for a tower that heads can't sit on.
     """
-    if config.objective.name == "clip":
+    if config.objective.towers_alone:
         return TwoTowers(clip, preprocess)
     return TowersAndHeads(clip, preprocess, build_objective(config, tower_widths(clip)), config.objective)
 
