@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from tests.ranks import run_on_ranks
 from tests.tiny_world import TINY_VIT, tiny_store, tiny_table, train_here, training_flags
+from train.config import ObjectiveConfig, TrainConfig
 from train.recipes import METHODS, RECIPES
 
 REGIMES = {
@@ -177,13 +179,63 @@ def average_of(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_every_recipe_has_values_that_go_together():
-    from train.config import TrainConfig
-
     for name, recipe in RECIPES.items():
         config = TrainConfig(**recipe())
         config.objective.check()
         assert recipe.__doc__.endswith((".", "weights.")), name
     assert {RECIPES[f"pocket-{method}"]()["objective"].name for method in METHODS} == set(METHODS.values())
+
+
+def test_a_methods_settings_come_back_from_config_json():
+    from train.main import parse_config
+    from train.reproduce import config_from_json
+    from train.same_run import to_json
+
+    config = parse_config("pocket-byolip", list(training_flags("store", "run", objective__text_dropout=0.1)))
+    assert config.objective.text_dropout == 0.1
+    assert config_from_json(TrainConfig, to_json(asdict(config))) == config
+
+
+def test_doctor_and_plan_count_the_heads_and_the_passes():
+    from train.doctor.training import model
+    from train.plan import model_size, plan_rank
+
+    config = TrainConfig(**RECIPES["pocket-byolip"](), device="cpu")
+    plain = TrainConfig(**RECIPES["pocket-pretrain"](), device="cpu")
+    findings, num_parameters = model(config)
+    assert "6 passes of each picture and 6 of each text" in findings[1].message
+    assert num_parameters > 1.25 * model(plain)[1]
+    sizes = [
+        model_size(settings, {"zero_optimization": {"stage": 1}}, flash_attention=False) for settings in (config, plain)
+    ]
+    assert sizes[0].passes == (6, 6)
+    assert sizes[0].num_trained == sizes[1].num_trained + sizes[0].num_head
+    assert sizes[0].input_bytes_per_row == 3 * sizes[1].input_bytes_per_row
+    # Three views of both towers, and the heads' own.
+    assert sizes[0].activation_bytes_per_row > 3 * sizes[1].activation_bytes_per_row
+    two = [plan_rank(size, config, {"zero_optimization": {"stage": 1}}, 2).device for size in sizes]
+    assert two[0]["teacher's weights and average"] == 4 * sizes[0].num_trained + 4 * -(-sizes[0].num_trained // 2)
+    assert "teacher's weights and average" not in two[1]
+
+
+def test_counted_flop_are_those_of_every_view_and_of_the_teachers_forward():
+    from train.clip_library import PreprocessCfg, open_clip
+    from train.flops import flop_of_a_pair
+    from train.model import TwoTowers
+    from train.towers_and_heads import build_towers
+
+    clip = open_clip.model.CLIP(**TINY_VIT, nonscalar_logit_scale=True)
+    one = flop_of_a_pair(TwoTowers(clip, PreprocessCfg(size=32)), (32, 32), 24)
+    found = {}
+    for name in ("cl2l", "siamlip", "byolip"):
+        objective = ObjectiveConfig(name=name, **WIDTHS)
+        towers = build_towers(clip, PreprocessCfg(size=32), TrainConfig(objective=objective))
+        found[name] = flop_of_a_pair(towers, (32, 32), 24)
+    # A linear layer's two products backward and one forward, of two views on both trunks of 32.
+    heads = 3 * 2 * 2 * 2 * (32 * 32 + 32 * 32 + 32 * 16)
+    assert found["cl2l"] == pytest.approx(3 * one + heads, rel=1e-3)
+    # Forward is a third of a step, and a teacher's all of its views' without the heads of the strong ones and the predictors.
+    assert found["byolip"] - found["siamlip"] == pytest.approx(one, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from tests.same_gradient import NUM_ROWS, OPTIM, VOCABULARY, Cell, global_batche
 from train.config import ObjectiveConfig, TrainConfig
 
 NUM_STEPS = 2
+# Of the scales under 16-bit weights: below the weak one's start of 14.3, above the strong one's of 10.
+LIMIT = 12.7
 WIDTHS = {"head_width": 24, "head_dim": 12, "siam_width": 24, "siam_dim": 12}
 ROCKET = ObjectiveConfig(name="cl2l", **WIDTHS)
 BYOLIP = ObjectiveConfig(name="byolip", teacher_momentum=0.9, **WIDTHS)
@@ -146,9 +148,9 @@ def engine_steps(rank: int, world_size: int, cell: Cell, objective: ObjectiveCon
     towers = towers_of(cell, objective)
     teacher = Teacher(towers, towers.objective.teacher_momentum) if has_teacher(towers) else None
     ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
-    optim = replace(OPTIM, lr=0.01, eps=1e-8) if cell.precision == "bf16" else OPTIM
+    optim = replace(OPTIM, lr=0.01, eps=1e-8, max_logit_scale=LIMIT) if cell.precision == "bf16" else OPTIM
     engine = Engine(towers, cell.ds_config(), optim, batch_size=NUM_ROWS, ranks=ranks, teacher=teacher)
-    mine, weights, losses = rows_of_rank(rank, world_size), [masters(engine)], []
+    mine, weights, losses, scales = rows_of_rank(rank, world_size), [masters(engine)], [], []
     for step in range(NUM_STEPS):
         images, texts = ([view[mine] for view in views] for views in views_of_step(step))
         strong = {"strong_images": tuple(images[1:]), "strong_texts": tuple(texts[1:])}
@@ -156,13 +158,34 @@ def engine_steps(rank: int, world_size: int, cell: Cell, objective: ObjectiveCon
         outcome = train_step(engine, config_of(cell, objective), batch, optim.lr)
         assert not outcome.not_finite
         losses.append(outcome.values()["loss"])
+        scales.append((outcome.values()["strong_logit_scale"], outcome.scalars[0].item()))
         weights.append(masters(engine))
-    found = {"weights": weights, "losses": losses, "moments": whole_of(engine, "exp_avg")}
+    found = {"weights": weights, "losses": losses, "scales": scales, "moments": whole_of(engine, "exp_avg")}
     if teacher is not None:
         found["average"] = gathered(teacher.held())
+    found["spoilt"] = spoilt_step(engine, config_of(cell, objective), batch)
+    found["after"] = masters(engine), gathered(teacher.held()) if teacher is not None else {}
+    if teacher is not None:
         found["forward"] = {name: weight.float().clone() for name, weight in teacher.module.named_parameters()}
     engine.close()
     return found
+
+
+def spoilt_step(engine, config: TrainConfig, batch) -> str:
+    """What a step with an infinite loss says was not finite."""
+    from train.step import train_step
+
+    objective = engine.module.objective
+    original = objective.loss
+
+    def spoilt(*arguments):
+        terms = original(*arguments)
+        return replace(terms, loss=terms.loss * math.inf)
+
+    objective.loss = spoilt
+    outcome = train_step(engine, config, batch, 1.0)
+    objective.loss = original
+    return outcome.not_finite
 
 
 def masters(engine) -> dict[str, torch.Tensor]:
@@ -217,8 +240,31 @@ def assert_average(cell: Cell, found: dict) -> None:
     moved = {name: found["average"][name] - found["weights"][0][name] for name in expected}
     start = {name: expected[name] - found["weights"][0][name].double() for name in expected}
     assert distance(moved, start) < 1e-3, str(cell)
+    assert_unchanged(found)
     # What its forward uses is the average in the weights' precision.
     assert distance(found["forward"], found["average"]) < (4e-3 if cell.precision == "bf16" else 1e-9), str(cell)
+
+
+def assert_unchanged(found: dict) -> None:
+    """A loss that is not finite leaves weights, heads and the average alone."""
+    assert found["spoilt"] == "loss"
+    weights, average = found["after"]
+    assert all(torch.equal(weights[name], weight) for name, weight in found["weights"][-1].items())
+    assert average.keys() == found.get("average", {}).keys()
+    assert all(torch.equal(average[name], weight) for name, weight in found.get("average", {}).items())
+
+
+def assert_scales(found: dict) -> None:
+    """Forward uses both temperatures' fp32 masters, and both are held at the limit."""
+    names = ("objective.l2l_logit_scale", "clip.logit_scale")
+    for before, used in zip(found["weights"], found["scales"], strict=False):
+        assert used == pytest.approx([before[name].double().exp().item() for name in names], rel=1e-6)
+    for name in names:
+        logs = [weights[name].item() for weights in found["weights"]]
+        assert max(logs[1:]) <= math.log(LIMIT) + 1e-6, name
+        assert len(set(logs)) > 1, name
+        copy = torch.tensor(logs[1]).bfloat16().double().exp().item()
+        assert abs(copy - math.exp(logs[1])) > 1e-3 * copy, "a copy in bfloat16 would be another scale"
 
 
 def check_cells(cells: Sequence[tuple[Cell, ObjectiveConfig]], plain: dict) -> None:
@@ -231,8 +277,11 @@ def check_cells(cells: Sequence[tuple[Cell, ObjectiveConfig]], plain: dict) -> N
             )
             if objective is ROCKET:
                 assert_same(cell, by_rank[0][place], plain)
+                assert_unchanged(by_rank[0][place])
             else:
                 assert_average(cell, by_rank[0][place])
+            if cell.precision == "bf16":
+                assert_scales(by_rank[0][place])
 
 
 @pytest.mark.slow

@@ -55,20 +55,28 @@ def offloads(ds_config: dict[str, Any]) -> set[str]:
 
 
 def model(config: TrainConfig) -> tuple[list[Finding], int]:
-    """Parameters that DeepSpeed's start-up broadcast can't take, by building the model; and how many parameters there are."""
+    """Parameters that DeepSpeed's start-up broadcast can't take, by building the model; and how many parameters a checkpoint has."""
     import torch
 
     from train.model import build_model
+    from train.towers_and_heads import build_towers, forward_passes, has_teacher
 
     try:
-        built, _ = build_model(config.model)
+        built = build_towers(*build_model(config.model), config)
     except (ValueError, FileNotFoundError) as error:
         return [broken("model", str(error), "see --model.name and --model.pretrained")], 0
     parameters = dict(built.named_parameters())
     count = sum(parameter.numel() for parameter in parameters.values())
     findings = [ok("model", f"{config.model.name}: {count / 1e6:,.1f} M parameters")]
+    if config.objective.name != "clip":
+        image, text = forward_passes(built)
+        heads = sum(parameter.numel() for parameter in built.objective.parameters())
+        passes = f"{image} passes of each picture and {text} of each text a step"
+        findings.append(ok("objective", f"{config.objective.name}: {heads / 1e6:,.1f} M of them in heads; {passes}"))
     findings += parameter_shapes(parameters)
-    norms = [name for name, layer in built.named_modules() if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)]
+    norms = [
+        name for name, layer in built.clip.named_modules() if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)
+    ]
     if norms and config.micro_batch_size:
         findings.append(
             warning(
@@ -77,7 +85,8 @@ def model(config: TrainConfig) -> tuple[list[Finding], int]:
                 "a model with LayerNorm, or --micro-batch-size 0",
             )
         )
-    return findings, count
+    # A teacher's average is a quarter of what a checkpoint holds of a weight already.
+    return findings, count * 5 // 4 if has_teacher(built) else count
 
 
 def parameter_shapes(parameters: dict[str, Any]) -> list[Finding]:
