@@ -35,9 +35,27 @@ class ModelConfig:
     """with lock_text: still train the last so many groups of the text tower (the projection; the last block; the one before; ...)"""
     patch_dropout: float = 0.0
     """leave out this share of a picture's patches in training (vision transformers; FLIP): faster, less memory; 0: the config's"""
+    lora_rank: int = 0
+    """train adapters of this rank in the towers' linear layers instead of the towers (LoRA; needs peft); they are merged in what is saved
+    for others; 0: train the towers"""
+    lora_alpha: float = 0.0
+    """with lora_rank: adapters count lora_alpha / lora_rank; 0: twice the rank"""
+    lora_dropout: float = 0.0
+    """with lora_rank: dropout of what enters an adapter"""
+    lora_layers: Literal["all", "attention"] = "all"
+    """with lora_rank: adapters in attention and MLP, or in attention alone"""
 
     def check(self) -> None:
         """Raises ValueError for what has no meaning, or leaves nothing to train."""
+        if self.lora_rank < 0 or self.lora_alpha < 0 or not 0 <= self.lora_dropout < 1:
+            raise ValueError(
+                f"model.lora_rank={self.lora_rank}, lora_alpha={self.lora_alpha} must be 0 or more, lora_dropout={self.lora_dropout} from "
+                "0 to less than 1"
+            )
+        if self.lora_rank and (self.lock_image_unlocked_groups or self.lock_text_unlocked_layers):
+            raise ValueError(
+                f"model.lora_rank={self.lora_rank} keeps towers frozen; leave out the unlocked groups and layers"
+            )
         for tower, count in (("image", "lock_image_unlocked_groups"), ("text", "lock_text_unlocked_layers")):
             number, locked = getattr(self, count), getattr(self, f"lock_{tower}")
             if number < 0 or (number and not locked):

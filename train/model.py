@@ -31,6 +31,7 @@ from train.architecture import (
 )
 from train.clip_library import PreprocessCfg, open_clip
 from train.config import ModelConfig
+from train.lora import merged
 from train.model_folder import MODEL_FILES, WEIGHTS_FILE, checkpoint_folder
 from train.start import load_start, resolve
 from train.tensor_files import write_tensors
@@ -111,7 +112,7 @@ def save_model(
     folder: Path, name: str, state_dict: Mapping[str, torch.Tensor], preprocess: PreprocessCfg
 ) -> dict[str, Any]:
     """Write what plain `open_clip.create_model_and_transforms("local-dir:FOLDER")` loads: fp32 weights and the config, returned."""
-    config = architecture(name)
+    config, state_dict = architecture(name), merged(state_dict)
     if "logit_bias" in state_dict:
         # Without it open_clip would build a model that has no bias.
         config.setdefault("init_logit_bias", SIGLIP_BIAS)

@@ -1,17 +1,27 @@
-"""What of a model is trained, and how: towers locked in part or whole, activations recomputed."""
+"""What of a model is trained, and how: towers locked in part or whole, adapters, activations recomputed."""
 
 import torch
 
 from train.config import ModelConfig
+from train.lora import add_adapters
 
 
 def prepare_towers(model: torch.nn.Module, config: ModelConfig) -> None:
     """Freeze and set up the towers of an open_clip model, in place.
 
-    Raises ValueError for a tower that open_clip can't unlock in part.
+    Raises ValueError for a tower that open_clip can't unlock in part, that has no patches to drop, or no layers for adapters.
     """
+    if config.patch_dropout and not any("PatchDropout" in type(layer).__name__ for layer in model.visual.modules()):
+        raise ValueError(
+            f"model.patch_dropout={config.patch_dropout} needs a vision transformer, not {type(model.visual).__name__}; leave it out"
+        )
+    blocks = {type(layer).__name__ for layer in model.modules()}
+    if config.grad_checkpointing and "CustomResidualAttentionBlock" in blocks:
+        raise ValueError("model.grad_checkpointing: open_clip can't recompute blocks of its custom kind; leave it out")
     if config.grad_checkpointing:
         model.set_grad_checkpointing()
+    if config.lora_rank:
+        add_adapters(model, config)
     if config.lock_image:
         lock_image(model, config.lock_image_unlocked_groups)
     if config.lock_text:
