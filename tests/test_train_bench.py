@@ -1,11 +1,18 @@
 """The trainer's benchmark: every contender runs, figures are those of the rounds, mistakes are named."""
 
 import json
+import os
 
 import pytest
+import torch
 
+from tests.ranks import run_on_ranks
 from train.bench.__main__ import BenchConfig, describe, main, make_report, part_report
+from train.bench.recipe_cost import ALL, chosen_recipes, compared, describe_recipes
+from train.config import ModelConfig, ObjectiveConfig
 from train.ingest import bench as ingest_bench
+from train.model import build_model
+from train.recipes import RECIPES
 
 
 def test_ratios_are_of_medians_and_of_rounds():
@@ -32,6 +39,10 @@ def test_the_report_has_no_paths_and_its_text_names_both():
     [
         (["--batch-size", "7"], "--batch-size 7 must be a multiple of --ranks 2"),
         (["--rounds", "0"], "--rounds 0 must be at least 1"),
+        (
+            ["--recipes", "pocket-pretrain", "pocket-sleep"],
+            "--recipes pocket-sleep is no recipe; take all, or some of: pocket-pretrain",
+        ),
     ],
 )
 def test_senseless_sizes_are_refused(flags, message):
@@ -62,3 +73,52 @@ def test_every_contender_trains_on_one_rank(tmp_path, monkeypatch):
     for where in found["ours_ms_a_step"].values():
         parts = [ms for name, ms in where.items() if name not in ("step_ms", "slowest_data_wait_ms")]
         assert sum(parts) == pytest.approx(where["step_ms"], rel=0.05)
+
+
+def test_recipes_are_compared_with_the_first_by_their_medians():
+    passes = {"image_passes": 1, "text_passes": 1, "objective": "clip"}
+    found = {
+        "plain": {**passes, "pairs_per_s": [90.0, 100.0, 500.0], "memory_mib": [50.0, 40.0, 60.0]},
+        "other": {**passes, "pairs_per_s": [10.0, 25.0, 30.0], "memory_mib": [100.0, 110.0, 75.0]},
+    }
+    rows = compared(found)
+    assert [row["pairs_per_s_of_first"] for row in rows.values()] == [1.0, 0.25]
+    assert [row["memory_mib_of_first"] for row in rows.values()] == [1.0, 2.0]
+    assert describe_recipes(rows).splitlines()[2].split() == [
+        "other",
+        "clip",
+        "1",
+        "/",
+        "1",
+        "25",
+        "0.25",
+        "100",
+        "2.00",
+    ]
+
+
+def test_all_recipes_are_one_of_each_method_behind_clips():
+    assert chosen_recipes(["all"]) == ALL
+    objectives = [RECIPES[name]().get("objective", ObjectiveConfig()).name for name in ALL]
+    assert objectives == ["clip", "clip", "slip", "cl2l", "siamlip", "byolip", "barlip", "swalip"]
+    assert RECIPES[ALL[1]]()["loss"].kind == "sigmoid"
+
+
+def figures_of(rank: int, world_size: int, settings: dict) -> dict:
+    from train.bench.recipe_cost import step_figures
+    from train.distributed import Ranks
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), DS_ACCELERATOR="cpu")
+    return step_figures(settings, Ranks(rank, world_size, rank, torch.device("cpu")))
+
+
+@pytest.mark.slow
+def test_a_recipes_cost_counts_the_passes_of_its_views_and_of_its_teacher():
+    """BYOLIP: a weak and two strong views of both towers, each through the trained model and its average (published: 6 and 6)."""
+    settings = {"recipe": "pocket-byolip", "ds_config": "ds_configs/cpu.json", "device": "cpu", "threads": 1}
+    [found] = run_on_ranks(figures_of, 1, {**settings, "batch_size": 4, "steps": 1})
+    assert (found["objective"], found["image_passes"], found["text_passes"]) == ("byolip", 6, 6)
+    assert found["pairs_per_s"] > 0
+    # Weights, gradients, two moments and the average, fp32, are less than what the steps were measured to take.
+    num_weights = sum(weight.numel() for weight in build_model(ModelConfig("pocket-rn"))[0].parameters())
+    assert found["memory_mib"] * 2**20 > 5 * 4 * num_weights

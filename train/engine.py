@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,8 @@ class Engine:
             # Its shared-memory all-reduce serves inference alone; here it would only cost a compiler, 20 s to build, and 69 MB of
             # /dev/shm for each rank that stay behind.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            # DeepSpeed calls some of torch's collectives by their old names, and every rank would say so.
+            warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
             compiled_adam = uses_deepspeed_adam(ds_config, ranks.device.type)
             self.config = {
                 **ds_config,

@@ -76,6 +76,20 @@ def cc12m_pretrain() -> dict[str, Any]:
     )
 
 
+def pocket_siglip() -> dict[str, Any]:
+    """SigLIP on the pocket data: every pair by itself, a learned bias beside the scale."""
+    return {**pocket_pretrain(), "loss": LossConfig(kind="sigmoid")}
+
+
+def cc12m_siglip_vit_b16() -> dict[str, Any]:
+    """SigLIP, ViT-B/16 on CC12M: the CLIP baseline with the sigmoid loss, and the beta2 that SigLIP's paper found stable (needs GPUs)."""
+    return {
+        **cc12m_pretrain(),
+        "loss": LossConfig(kind="sigmoid"),
+        "optim": OptimConfig(lr=1e-3, wd=0.1, beta2=0.95, eps=1e-8, warmup=2677),
+    }
+
+
 def helip_refine() -> dict[str, Any]:
     """HELIP on an existing CLIP: one hard pair for each anchor, two passes, a short warm-up. Name the model and its weights."""
     return dict(
@@ -98,7 +112,7 @@ def pocket_objective(method: str) -> ObjectiveConfig:
 def objective_of(method: str) -> ObjectiveConfig:
     """A method with the published widths and weights."""
     # Sinkhorn's assignments take the place of smoothed targets.
-    more = {"strong_label_smoothing": 0.0, "ssl_weight": 0.2} if method == "swalip" else {}
+    more = {"strong_label_smoothing": 0.0} if method == "swalip" else {}
     return ObjectiveConfig(name=METHODS[method], **more)
 
 
@@ -202,6 +216,8 @@ RECIPES: dict[str, Callable[[], dict[str, Any]]] = {
     "pocket-control": pocket_control,
     "cc12m-pretrain": cc12m_pretrain,
     "helip-refine": helip_refine,
+    "pocket-siglip": pocket_siglip,
+    "cc12m-siglip-vit-b16": cc12m_siglip_vit_b16,
     **{f"pocket-{method}": pocket_method(method) for method in METHODS},
     "pocket-slip-refine": pocket_slip_refine,
     **{f"{data}-slip-vit-b16": slip_vit_b16(data) for data in DATA_SETS},

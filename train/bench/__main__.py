@@ -1,4 +1,4 @@
-"""`python -m train.bench`: our trainer against a bare DDP loop and against open_clip's trainer."""
+"""`python -m train.bench`: our trainer against a bare DDP loop and against open_clip's trainer; what each method costs."""
 
 import json
 import statistics
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mining.command_line import parse, run
+from train.bench.recipe_cost import chosen_recipes, compared, describe_recipes, measure_recipes
 from train.ingest import bench as ingest_bench
 from train.local_ranks import start_ranks, stop_ranks
 
@@ -21,7 +22,10 @@ DESCRIPTION = f"""Pairs a second of our trainer and of others, in turn, with med
            fused AdamW
   tars     against open_clip_train's train_one_epoch: the same model, the same tars, its own data pipeline
 
-Example: {PROGRAM} --ranks 2 --out results/train_bench.json"""
+With --recipes instead: what methods cost, passes through the towers, pairs a second and memory, beside CLIP's.
+
+Examples: {PROGRAM} --ranks 2 --out results/train_bench.json
+          {PROGRAM} --recipes all --rounds 3 --out results/recipe_cost.json"""
 PEERS = {"memory": "bare_loop", "tars": "open_clip"}
 
 
@@ -31,6 +35,9 @@ class BenchConfig:
 
     parts: tuple[Literal["memory", "tars"], ...] = ("memory", "tars")
     """what to measure"""
+    recipes: tuple[str, ...] = ()
+    """measure these recipes instead, each with its own model, the first is what the others are compared with; all: the pocket recipe of
+    every method"""
     model: str = "pocket-rn"
     """model of all contenders"""
     ds_config: str = "ds_configs/cpu.json"
@@ -74,8 +81,8 @@ def main(arguments: Sequence[str]) -> None:
             f"--batch-size {config.batch_size} must be a multiple of --ranks {config.ranks}: all take equal parts"
         )
     with tempfile.TemporaryDirectory(prefix="train-bench-", dir=config.folder) as folder:
-        report = measure(Path(folder), config)
-    print(describe(report))
+        report = measure_costs(Path(folder), config) if config.recipes else measure(Path(folder), config)
+    print(describe_recipes(report["recipes"]) if config.recipes else describe(report))
     if config.out:
         config.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         print(f"written: {config.out}")
@@ -102,13 +109,23 @@ def measure(folder: Path, config: BenchConfig) -> dict[str, Any]:
     return make_report(found["rounds"], found["ours_ms_a_step"], config)
 
 
+def measure_costs(folder: Path, config: BenchConfig) -> dict[str, Any]:
+    """The same of recipes, each in ranks of its own."""
+    found = measure_recipes(folder, {**asdict(config), "folder": None, "out": None}, chosen_recipes(config.recipes))
+    return {"machine": machine(), "config": asdict(config) | {"folder": None, "out": None}, "recipes": compared(found)}
+
+
+def machine() -> dict[str, Any]:
+    packages = ("torch", "deepspeed", "open_clip_torch", "webdataset")
+    return {**ingest_bench.machine(), **{name: version(name) for name in packages}}
+
+
 def make_report(
     rounds: dict[str, dict[str, list[float]]], where: dict[str, dict[str, float]], config: BenchConfig
 ) -> dict[str, Any]:
     parts = {part: part_report(rates, PEERS[part], where[part], config.batch_size) for part, rates in rounds.items()}
-    packages = ("torch", "deepspeed", "open_clip_torch", "webdataset")
     return {
-        "machine": {**ingest_bench.machine(), **{name: version(name) for name in packages}},
+        "machine": machine(),
         "config": {**asdict(config), "folder": None, "out": None, "shards": len(config.shards) or "made"},
         **parts,
     }
