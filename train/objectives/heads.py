@@ -37,7 +37,7 @@ class Head(torch.nn.Module):
 
 
 def simclr_head(width: int, hidden: int, dim: int) -> Head:
-    """SLIP's head on pictures, and CLIP-rocket's on strong views of both towers (facts: sections 1.0 and 1.2 of the papers' code)."""
+    """SLIP's head on pictures, and CLIP-rocket's on strong views of both towers."""
     return Head([width, hidden, hidden, dim])
 
 
