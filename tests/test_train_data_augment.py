@@ -18,6 +18,7 @@ from train.data.augment import (
     random_crop,
     sample_phrases,
 )
+from train.data.hue import shift_hue
 
 WHOLE = {"scale": (1.0, 1.0), "ratio": (4 / 3, 4 / 3)}
 
@@ -94,6 +95,20 @@ def test_a_flip_mirrors_the_columns():
     flipped = AugmentConfig(scale=(1.0, 1.0), ratio=(4 / 3, 4 / 3), horizontal_flip_prob=1.0)
     straight, mirrored = (augment_image(picture(), config, (30, 40), 0) for config in (same, flipped))
     assert torch.equal(straight.flip(2), mirrored)
+
+
+@pytest.mark.parametrize("factor", [0.1, -0.07])
+def test_the_hue_shift_is_torchvisions_to_the_last_bit_for_every_fourth_colour_there_is(factor):
+    colors = np.arange(0, 2**24, 4, dtype=np.uint32) + (1 if factor > 0 else 2)
+    every = np.stack([colors >> 16, colors >> 8 & 255, colors & 255], -1).astype(np.uint8).reshape(2048, 2048, 3)
+    shifted = shift_hue(Image.fromarray(every), factor)
+    assert shifted.mode == "RGB"
+    assert np.array_equal(np.asarray(shifted), np.asarray(functional.adjust_hue(Image.fromarray(every), factor)))
+
+
+def test_a_picture_of_one_pixel_keeps_its_size_when_its_hue_shifts():
+    one = Image.new("RGB", (1, 1), (200, 30, 90))
+    assert shift_hue(one, 0.3).getpixel((0, 0)) == functional.adjust_hue(one, 0.3).getpixel((0, 0))
 
 
 def test_solarization_is_torchvisions():

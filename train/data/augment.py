@@ -15,6 +15,7 @@ from PIL import Image, ImageFilter
 from torchvision.transforms import functional
 
 from train.config import AugmentConfig
+from train.data.hue import shift_hue
 
 # How many further phrases join the first one, drawn uniformly from this list.
 NUM_EXTRA_PHRASES = (0, 0, 0, 0, 1, 1, 1, 2, 2, 2)
@@ -98,7 +99,7 @@ def jitter_colors(image: Image.Image, strength: tuple[float, float, float, float
         (functional.adjust_brightness, rng.uniform(max(0.0, 1 - brightness), 1 + brightness)),
         (functional.adjust_contrast, rng.uniform(max(0.0, 1 - contrast), 1 + contrast)),
         (functional.adjust_saturation, rng.uniform(max(0.0, 1 - saturation), 1 + saturation)),
-        (functional.adjust_hue, rng.uniform(-hue, hue)),
+        (shift_hue, rng.uniform(-hue, hue)),
     ]
     rng.shuffle(changes)
     for change, factor in changes:
