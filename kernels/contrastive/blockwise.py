@@ -19,10 +19,11 @@ from torch import Tensor
 
 from kernels.rows.precision import accumulation_dtype, bfloat16_units
 from kernels.rows.scratch import Scratch
-from kernels.rows.split import WeightTile
+from kernels.rows.sums import WeightedSums
 
-ROW_TILE = 512
+ROW_TILE = 2048
 COLUMN_TILE = 1024
+PART_ROWS = 512
 # How far apart two references may lie (in nats) for one exponential to serve rows and columns: what underflows in one
 # is then nothing in the other either.
 SHARED_EXPONENT_RANGE = 40.0
@@ -129,44 +130,34 @@ def gradient_sweep(
     column_lse_j), and outside the groups hinge_weight for exceeding the row's threshold, again for the column's.
     Weights of None are 1.
     """
-    dtype = accumulation_dtype(x_BD.dtype)
-    dx_BD = x_BD.new_zeros(x_BD.shape, dtype=dtype) if want_x else None
-    dy_GD = y_GD.new_zeros(y_GD.shape, dtype=dtype) if want_y else None
+    dtype, group = accumulation_dtype(x_BD.dtype), hinges.group_rows
     scale_sum = torch.zeros((), dtype=torch.float64, device=x_BD.device)
-    group = hinges.group_rows
     scratch = Scratch(x_BD.device)
+    sums = WeightedSums(x_BD, y_GD, want_x=want_x, want_y=want_y, round_rest_sums=True, scratch=scratch)
     for i0, i1 in tiles(len(x_BD), row_tile, group):
         x_tile = scratch.rows_in(dtype, x_BD[i0:i1], "rows")
         for j0, j1 in tiles(len(y_GD), column_tile, group):
             y_tile = scratch.rows_in(dtype, y_GD[j0:j1], "columns")
-            cosine, gradient, work = (
-                scratch.matrix(name, i1 - i0, j1 - j0, dtype) for name in ("cosine", "gradient", "work")
-            )
+            cosine = scratch.matrix("cosine", i1 - i0, j1 - j0, dtype)
             cosine_tile(x_tile, y_tile, out=cosine, exact_in_bfloat16=x_BD.dtype == torch.bfloat16)
-            band = _band(offset + i0, offset + i1, j0, j1)
             rows = SoftmaxTerms.of(row_lse_B, row_weight_B, i0, i1)
             columns = SoftmaxTerms.of(column_lse_G, column_weight_G, j0, j1)
-            _softmax_sum(cosine, rows, columns, scale, gradient, work)
-            if band is not None:
-                gradient[band].diagonal().zero_()
-            if want_scale:
-                # The origin keeps the sum from cancelling against the positives' as it would around zero.
-                scale_sum += torch.sub(cosine, cosine_origin, out=work).mul_(gradient).sum()
-            if band is not None and (hinges.row_A is not None or hinges.column_A is not None):
-                _exclude_groups(cosine[band], group)
-            if hinges.row_A is not None:
-                threshold = hinges.row_A[i0 // group : i1 // group, None]
-                active = torch.gt(cosine[::group], threshold, out=work[::group])
-                gradient[::group].add_(active, alpha=hinge_weight)
-            if hinges.column_A is not None:
-                active = torch.gt(cosine, hinges.of_columns(j0, j1), out=work)
-                gradient.add_(active, alpha=hinge_weight)
-            weights = WeightTile(gradient, work, x_BD.dtype)
-            if dx_BD is not None:
-                weights.add_product(dx_BD[i0:i1], y_tile)
-            if dy_GD is not None:
-                weights.add_transposed_product(dy_GD[j0:j1], x_tile)
-    return dx_BD, dy_GD, scale_sum
+            softmax = SoftmaxSum(rows, columns, scale, dtype)
+            # In parts that stay in a processor's cache; a part's weights take the place of its cosines.
+            for r0, r1 in tiles(i1 - i0, PART_ROWS, group):
+                part = cosine[r0:r1]
+                gradient, work = (scratch.matrix(name, *part.shape, dtype) for name in ("gradient", "work"))
+                softmax.fill(part, slice(r0, r1), gradient, work)
+                band = _band(offset + i0 + r0, offset + i0 + r1, j0, j1)
+                if band is not None:
+                    gradient[band].diagonal().zero_()
+                if want_scale:
+                    # The origin keeps the sum from cancelling against the positives' as it would around zero.
+                    scale_sum += torch.sub(part, cosine_origin, out=work).mul_(gradient).sum()
+                _add_active_hinges(hinges, part, band, i0 + r0, (j0, j1), hinge_weight, gradient, work)
+                sums.put(gradient, cosine, r0)
+            sums.add(cosine, slice(i0, i1), slice(j0, j1), x_tile, y_tile)
+    return *sums.finished(), scale_sum
 
 
 def cosine_tile(x_BD: Tensor, y_BD: Tensor, *, out: Tensor, exact_in_bfloat16: bool) -> None:
@@ -308,24 +299,55 @@ class SoftmaxTerms:
         return factor_B if self.weight_B is None else factor_B * self.weight_B
 
 
-def _softmax_sum(
-    cosine: Tensor, rows: SoftmaxTerms, columns: SoftmaxTerms, scale: float, out: Tensor, work: Tensor
-) -> None:
-    """The sum of the row's and the column's term into `out`."""
-    dtype = out.dtype
-    origin = rows.lse_B.max().to(dtype).double()
-    if (origin - torch.minimum(rows.lse_B.min(), columns.lse_B.min())) < SHARED_EXPONENT_RANGE:
+class SoftmaxSum:
+    """The sum of a tile's row and column terms, some of its rows at a time."""
+
+    def __init__(self, rows: SoftmaxTerms, columns: SoftmaxTerms, scale: float, dtype: torch.dtype) -> None:
+        self.scale = scale
+        self.row_reference = rows.lse_B.max().to(dtype).double()
+        least = torch.minimum(rows.lse_B.min(), columns.lse_B.min())
         # exp(s_ij - origin) * (exp(origin - row_lse_i) + exp(origin - column_lse_j)): one exponential for both.
-        _exponentials(cosine, origin, scale, out)
-        row_factor, column_factor = rows.factor(origin).to(dtype), columns.factor(origin).to(dtype)
-        out.mul_(torch.add(row_factor[:, None], column_factor[None, :], out=work))
-        return
-    # The exponent's reference must be a number of the tile's dtype; a factor near one makes up for its rounding.
-    row_reference, column_reference = rows.lse_B.to(dtype).double(), columns.lse_B.to(dtype).double()
-    _exponentials(cosine, row_reference[:, None], scale, out)
-    _exponentials(cosine, column_reference[None, :], scale, work)
-    row_factor, column_factor = rows.factor(row_reference).to(dtype), columns.factor(column_reference).to(dtype)
-    out.mul_(row_factor[:, None]).addcmul_(work, column_factor[None, :])
+        self.column_reference = None if self.row_reference - least < SHARED_EXPONENT_RANGE else columns.lse_B.to(dtype)
+        if self.column_reference is not None:
+            # The exponent's reference must be a number of the tile's dtype; a factor near one makes up for its rounding.
+            self.row_reference = rows.lse_B.to(dtype).double()[:, None]
+            self.column_reference = self.column_reference.double()
+        column_reference = self.row_reference if self.column_reference is None else self.column_reference
+        self.row_factor = rows.factor(self.row_reference.reshape(-1)).to(dtype)[:, None]
+        self.column_factor = columns.factor(column_reference).to(dtype)[None, :]
+
+    def fill(self, cosine: Tensor, rows: slice, out: Tensor, work: Tensor) -> None:
+        """Rows `rows` of the tile into `out`."""
+        if self.column_reference is None:
+            _exponentials(cosine, self.row_reference, self.scale, out)
+            out.mul_(torch.add(self.row_factor[rows], self.column_factor, out=work))
+            return
+        _exponentials(cosine, self.row_reference[rows], self.scale, out)
+        _exponentials(cosine, self.column_reference[None, :], self.scale, work)
+        out.mul_(self.row_factor[rows]).addcmul_(work, self.column_factor)
+
+
+def _add_active_hinges(
+    hinges: Hinges,
+    cosine: Tensor,
+    band: tuple[slice, slice] | None,
+    first_row: int,
+    columns: tuple[int, int],
+    hinge_weight: float,
+    gradient: Tensor,
+    work: Tensor,
+) -> None:
+    """Add the weight of every hinge that is active to the gradient of some rows; excludes the groups from `cosine`."""
+    group = hinges.group_rows
+    if band is not None and (hinges.row_A is not None or hinges.column_A is not None):
+        _exclude_groups(cosine[band], group)
+    if hinges.row_A is not None:
+        threshold = hinges.row_A[first_row // group : (first_row + len(cosine)) // group, None]
+        active = torch.gt(cosine[::group], threshold, out=work[::group])
+        gradient[::group].add_(active, alpha=hinge_weight)
+    if hinges.column_A is not None:
+        active = torch.gt(cosine, hinges.of_columns(*columns), out=work)
+        gradient.add_(active, alpha=hinge_weight)
 
 
 def _exclude_groups(block: Tensor, group_rows: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.contrastive.blockwise import cosine_tile, tiles
 from kernels.rows.precision import accumulation_dtype
 from kernels.rows.scratch import Scratch
-from kernels.rows.split import WeightTile
+from kernels.rows.sums import WeightedSums
 
 ROW_TILE = 512
 COLUMN_TILE = 1024
@@ -51,10 +51,9 @@ def gradient_sweep(
     Unwanted ones are None, or 0 (float64).
     """
     dtype = accumulation_dtype(x_BD.dtype)
-    dx_BD = x_BD.new_zeros(x_BD.shape, dtype=dtype) if want_x else None
-    dy_GD = y_GD.new_zeros(y_GD.shape, dtype=dtype) if want_y else None
     logit_sum, weight_sum = (torch.zeros((), dtype=torch.float64, device=x_BD.device) for _ in range(2))
     scratch = Scratch(x_BD.device)
+    sums = WeightedSums(x_BD, y_GD, want_x=want_x, want_y=want_y, round_rest_sums=False, scratch=scratch)
     for logits, diagonal, (rows, x_tile), (columns, y_tile) in _logit_tiles(
         x_BD, y_GD, scale, bias, offset, row_tile, column_tile
     ):
@@ -65,12 +64,9 @@ def gradient_sweep(
         if want_scalars:
             weight_sum += weight.sum(1).double().sum()
             logit_sum += logits.mul_(weight).sum(1).double().sum()
-        weights = WeightTile(weight, logits, x_BD.dtype)
-        if dx_BD is not None:
-            weights.add_product(dx_BD[rows], y_tile)
-        if dy_GD is not None:
-            weights.add_transposed_product(dy_GD[columns], x_tile)
-    return dx_BD, dy_GD, (logit_sum - bias * weight_sum) / scale, weight_sum
+        sums.put(weight, logits, 0)
+        sums.add(logits, rows, columns, x_tile, y_tile)
+    return *sums.finished(), (logit_sum - bias * weight_sum) / scale, weight_sum
 
 
 def _logit_tiles(
