@@ -12,6 +12,7 @@ from train.evaluate.data import read_class_names
 from train.evaluate.features import Encoder
 from train.evaluate.measure import evaluate
 from train.evaluate.results import output_path, result_json, table, write_results
+from train.evaluate.strong_views import strong_model
 from train.evaluate.suite import (
     DATASET_LABEL,
     NAMED_TEMPLATES,
@@ -31,6 +32,9 @@ DESCRIPTION = """Zero-shot classification, retrieval and linear probe of a check
 With a suite: %(prog)s --checkpoint runs/b --suite data/pocket/suite_noto.json
 
 Without one: %(prog)s --checkpoint runs/b --data imagenet/val --format imagefolder --tasks zeroshot
+
+Checkpoints with strong embeddings beside the weak ones (CLIP-rocket and the methods on it) are also measured by
+w * weak + (1 - w) * strong similarity for w = 0.1 ... 0.9.
 
 Results go to RUN/evaluations/SUITE.json (and .npz, a value per picture) and to the terminal."""
 
@@ -82,7 +86,8 @@ def main(arguments: Sequence[str]) -> None:
     device = device_of(config.device)
     if config.batch_size < 1 or config.num_workers < 1:
         raise ValueError(f"batch_size={config.batch_size} and num_workers={config.num_workers} must be at least 1")
-    encoder = Encoder(load_model(config.checkpoint, device), device, config.batch_size, config.num_workers)
+    loaded = load_model(config.checkpoint, device)
+    encoder = Encoder(loaded, device, config.batch_size, config.num_workers, strong_model(loaded))
     out = config.out or output_path(config.checkpoint, encoder.loaded.folder, suite.name)
     cache_folder = out.parent / ".features"
     evaluation = evaluate(encoder, suite, class_names=class_names, cache_folder=cache_folder)

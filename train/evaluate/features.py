@@ -23,22 +23,36 @@ from train.model import LoadedModel, attention_for
 
 @dataclass(frozen=True)
 class Encoder:
-    """A model with how to run it: `batch_size` rows a forward pass, `num_workers` threads that decode pictures."""
+    """A model with how to run it: `batch_size` rows a forward pass, `num_workers` threads that decode pictures.
+
+    strong: a StrongModel (strong_views.py) for checkpoints with strong embeddings beside the weak ones, which are measured together then.
+    """
 
     loaded: LoadedModel
     device: str = "cpu"
     batch_size: int = 256
     num_workers: int = 2
+    strong: Any = None
+
+    def encode_images(self, image_BCHW: Tensor) -> tuple[Tensor, ...]:
+        """Weak unit rows, and strong ones where there are any."""
+        if self.strong is not None:
+            return self.strong.encode_images(image_BCHW)
+        return (self.loaded.model.encode_image(image_BCHW, normalize=True),)
 
 
 @dataclass(frozen=True)
 class EncodedSet:
-    """image_ND: float32 unit rows on the CPU; keys, shards, fields: of the same N samples, in the same order."""
+    """image_ND: float32 unit rows on the CPU; keys, shards, fields: of the same N samples, in the same order.
+
+    strong_NE: strong unit rows of an encoder that has them.
+    """
 
     image_ND: Tensor
     keys: list[str]
     shards: list[str]
     fields: list[dict[str, Any]]
+    strong_NE: Tensor | None = None
 
     def values(self, key: str) -> list[Any]:
         """Field `key` of every sample. Raises ValueError naming the first sample without it and the fields it has."""
@@ -72,15 +86,15 @@ def encode_source(encoder: Encoder, source: Source, keep_fields: frozenset[str] 
     blocks, keys, shards, kept = [], [], [], []
     with progress_bar(title, source.count(), "image") as progress, inference(encoder.device):
         for samples, image_BCHW in decoded_batches(encoder, source.samples()):
-            image_BD = encoder.loaded.model.encode_image(image_BCHW.to(encoder.device), normalize=True)
-            blocks.append(image_BD.float().cpu())
+            blocks.append([rows.float().cpu() for rows in encoder.encode_images(image_BCHW.to(encoder.device))])
             keys.extend(sample.key for sample in samples)
             shards.extend(sample.shard for sample in samples)
             kept.extend(keep(sample.fields, keep_fields) for sample in samples)
             progress.update(len(samples))
     if not keys:
         raise ValueError(f"{', '.join(source.locations)} holds no samples")
-    return EncodedSet(checked(torch.cat(blocks), f"pictures of {title}"), keys, shards, kept)
+    image_ND, *strong = (checked(torch.cat(rows), f"pictures of {title}") for rows in zip(*blocks, strict=True))
+    return EncodedSet(image_ND, keys, shards, kept, *strong)
 
 
 def keep(fields: dict[str, Any], names: frozenset[str] | None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Run a suite's tasks on one model: each data set is read and encoded once, every task works on the shared features."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,16 @@ from train.evaluate.cache import encode_with_cache
 from train.evaluate.data import Source
 from train.evaluate.features import EncodedSet, Encoder, encode_source
 from train.evaluate.ranking import Measurement
+from train.evaluate.strong_views import INTERPOLATION
 from train.evaluate.suite import LinearProbe, Retrieval, Suite, Task, ZeroShot
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """measurements: by metric name "kind/task/metric"; keys: the sample of each row of per-picture measurements."""
+    """measurements: by metric name "kind/task/metric"; keys: the sample of each row of per-picture measurements.
+
+    details: by "kind/task", what else there is to say: of a probe's fit, and the metrics of mixed weak and strong similarities.
+    """
 
     measurements: dict[str, Measurement]
     details: dict[str, dict[str, Any]]
@@ -45,10 +49,15 @@ def evaluate(
         name = f"{task.kind}/{task.name}"
         if isinstance(task, ZeroShot):
             found = zeroshot.measure(encoder, task, encoded, source.class_list(), class_rows)
+            if encoder.strong is not None:
+                mixed = zeroshot.measure_interpolated(encoder, task, encoded, source.class_list(), class_rows)
+                details[name] = {INTERPOLATION: mixed}
         elif isinstance(task, Retrieval):
             found = retrieval.measure(encoder, task, encoded)
+            if encoder.strong is not None:
+                details[name] = {INTERPOLATION: retrieval.measure_interpolated(encoder, task, encoded)}
         else:
-            train = encode_train(encoder, train_sources[task], suite, cache_folder)
+            train = encode_train(replace(encoder, strong=None), train_sources[task], suite, cache_folder)
             result = linear_probe.measure(task, train, encoded)
             found, details[name] = result.measurements, result.details
         measurements.update({f"{name}/{metric}": measurement for metric, measurement in found.items()})

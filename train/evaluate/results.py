@@ -16,6 +16,7 @@ from mining.manifest import write_json_atomically
 from train.clip_library import open_clip
 from train.evaluate.features import Encoder
 from train.evaluate.measure import Evaluation
+from train.evaluate.strong_views import INTERPOLATION, WEIGHTS
 from train.evaluate.suite import Suite
 
 STEP_PREFIX = "step_"
@@ -99,4 +100,19 @@ def table(content: dict[str, Any]) -> str:
     for row in rows:
         cells = [f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join([f"{row[0]:<{widths[0]}}", *cells]))
-    return "\n".join(lines)
+    return "\n".join([*lines, *interpolation_lines(content)])
+
+
+def interpolation_lines(content: dict[str, Any]) -> list[str]:
+    """The same metrics of mixed weak and strong similarities, a column a weight; nothing for models without strong embeddings."""
+    rows = []
+    for task, details in content["details"].items():
+        by_weight = details.get(INTERPOLATION, {})
+        for metric in by_weight.get(f"{WEIGHTS[0]:.1f}", {}):
+            rows.append((f"{task}/{metric}", [f"{100 * by_weight[w][metric]['value']:6.2f}" for w in by_weight]))
+    if not rows:
+        return []
+    width = max(len("weight of the weak"), *(len(name) for name, _ in rows))
+    head = "  ".join([f"{'weight of the weak':<{width}}", *(f"{weight:6.1f}" for weight in WEIGHTS)])
+    title = "with strong embeddings: w * weak similarity + (1 - w) * strong similarity, in percent (w = 1 stands above)"
+    return ["", title, head, *("  ".join([f"{name:<{width}}", *values]) for name, values in rows)]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from train.evaluate.features import EncodedSet, Encoder, encode_texts
 from train.evaluate.ranking import Measurement, hit_rate, ranks_in_blocks
+from train.evaluate.strong_views import by_weight, interpolated, strong_texts
 from train.evaluate.suite import Retrieval
 
 RECALL_AT = (1, 5, 10)
@@ -23,6 +24,23 @@ def measure(encoder: Encoder, task: Retrieval, encoded: EncodedSet) -> dict[str,
 
     Raises ValueError naming the sample when the caption field is missing, empty, or not a string or list of strings.
     """
+    captions, pairs_X2 = captions_and_pairs(task, encoded)
+    caption_MD = encode_texts(encoder, captions, title=f"captions of {task.name}")
+    return recalls(encoded.image_ND, caption_MD, pairs_X2)
+
+
+def measure_interpolated(encoder: Encoder, task: Retrieval, encoded: EncodedSet) -> dict[str, Any]:
+    """The same with weak and strong similarities mixed, by their weights (strong_views.py)."""
+    captions, pairs_X2 = captions_and_pairs(task, encoded)
+    weak_MD, strong_ME = (
+        encode_texts(each, captions, title=f"captions of {task.name}") for each in (encoder, strong_texts(encoder))
+    )
+    mixed = zip(interpolated(encoded.image_ND, encoded.strong_NE), interpolated(weak_MD, strong_ME), strict=True)
+    return by_weight(recalls(images, captions, pairs_X2) for images, captions in mixed)
+
+
+def captions_and_pairs(task: Retrieval, encoded: EncodedSet) -> tuple[list[str], Tensor]:
+    """The distinct captions, and the (picture, caption) numbers that belong together."""
     captions: list[str] = []
     position: dict[str, int] = {}
     pairs: list[tuple[int, int]] = []
@@ -36,8 +54,7 @@ def measure(encoder: Encoder, task: Retrieval, encoded: EncodedSet) -> dict[str,
             if index == len(captions):
                 captions.append(caption)
             pairs.append((row, index))
-    caption_MD = encode_texts(encoder, captions, title=f"captions of {task.name}")
-    return recalls(encoded.image_ND, caption_MD, torch.tensor(sorted(set(pairs))))
+    return captions, torch.tensor(sorted(set(pairs)))
 
 
 def captions_of(value: Any, split_lines: bool) -> list[str]:

@@ -3,6 +3,9 @@
 Legend: N pictures, V candidate classes, S groups of `within`.
 """
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,7 @@ from train.clip_library import open_clip
 from train.evaluate.data import CLASS_NAMES_FILE
 from train.evaluate.features import EncodedSet, Encoder, checked, inference, progress_bar
 from train.evaluate.ranking import Measurement, class_means, has_unequal_classes, hit_rate, ranks_in_blocks
+from train.evaluate.strong_views import by_weight, interpolated, strong_texts
 from train.evaluate.suite import DATASET_LABEL, ZeroShot, expand_templates
 
 TOP_K = (1, 5)
@@ -31,6 +35,20 @@ def measure(
     `rows` keeps class features from one task to the next.
     Raises ValueError for a missing field, a label outside the classes, or a template without a place for the name.
     """
+
+    def features_of(classes: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        yield encoded.image_ND, class_features(encoder, task, classes, {} if rows is None else rows)
+
+    return next(measure_each(task, encoded, known_classes, features_of))
+
+
+def measure_each(
+    task: ZeroShot,
+    encoded: EncodedSet,
+    known_classes: tuple[str, ...] | None,
+    features_of: Callable[[list[str]], Iterator[tuple[Tensor, Tensor]]],
+) -> Iterator[dict[str, Measurement]]:
+    """The measurements of each pair of image rows [N, D] and class rows [V, D] that `features_of` gives for the candidates."""
     labels = names_of(task, encoded)
     own_classes = known_classes if task.class_key == DATASET_LABEL else None
     classes = list(dict.fromkeys(task.classes or own_classes or sorted(set(labels))))
@@ -40,11 +58,25 @@ def measure(
             where = f"{encoded.shards[row]}: sample {encoded.keys[row]}"
             raise ValueError(f"{where} has {task.class_key}={label!r}, which is not among the {len(classes)} classes")
     label_N = torch.tensor([position[label] for label in labels])
-    class_VD = class_features(encoder, task, classes, {} if rows is None else rows)
-    if task.within is None:
-        return top_k_of(encoded.image_ND, class_VD, label_N, labels, None)
-    groups = [str(value) for value in encoded.values(task.within)]
-    return top_k_of(encoded.image_ND, class_VD, label_N, labels, allowed_classes(label_N, groups, len(classes)))
+    within = None
+    if task.within is not None:
+        groups = [str(value) for value in encoded.values(task.within)]
+        within = allowed_classes(label_N, groups, len(classes))
+    for image_ND, class_VD in features_of(classes):
+        yield top_k_of(image_ND, class_VD, label_N, labels, within)
+
+
+def measure_interpolated(
+    encoder: Encoder, task: ZeroShot, encoded: EncodedSet, known_classes: tuple[str, ...] | None, rows: ClassRows
+) -> dict[str, Any]:
+    """The same with weak and strong similarities mixed, by their weights (strong_views.py)."""
+
+    def features_of(classes: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        weak_VD = class_features(encoder, task, classes, rows)
+        strong_VE = class_features(strong_texts(encoder), task, classes, {})
+        yield from zip(interpolated(encoded.image_ND, encoded.strong_NE), interpolated(weak_VD, strong_VE), strict=True)
+
+    return by_weight(measure_each(task, encoded, known_classes, features_of))
 
 
 def names_of(task: ZeroShot, encoded: EncodedSet) -> list[str]:

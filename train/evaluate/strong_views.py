@@ -1,0 +1,103 @@
+"""Inference with CLIP-rocket's two embeddings: w * weak similarity + (1 - w) * strong similarity, for every w from 0.1 to 0.9.
+
+In: a checkpoint whose folder holds the heads of such an objective (train/objective_files.py). Out: the same metrics for each w. Unit rows
+(sqrt(w) * weak, sqrt(1 - w) * strong) have just these similarities, so every task is measured as it is on one embedding.
+Source: Fini et al. 2023 (arXiv:2305.08675); its code logs these weights and does not say which one the tables have.
+
+Legend: N pictures, M texts, D weak embedding, E strong embedding, C H W image, L text tokens.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from train.config import ObjectiveConfig, TrainConfig
+from train.evaluate.features import Encoder
+from train.evaluate.ranking import Measurement
+from train.model import LoadedModel
+from train.objective_files import HEADS_FILE, SETTINGS_FILE
+from train.objectives import build_objective
+from train.objectives.cl2l import Cl2lObjective
+from train.trunk_features import encode_image, encode_text, tower_widths
+
+# What a task's details call the metrics by weight.
+INTERPOLATION = "interpolation"
+WEIGHTS = tuple(tenth / 10 for tenth in range(1, 10))
+
+
+class StrongModel:
+    """A model's strong embeddings; those of texts are asked for as open_clip's are."""
+
+    def __init__(self, clip: torch.nn.Module, objective: Cl2lObjective) -> None:
+        self.clip, self.objective = clip, objective
+
+    def encode_images(self, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Weak and strong unit rows of one forward pass."""
+        features, trunk = encode_image(self.clip, image_BCHW)
+        return unit(features), unit(self.objective.l2l_image_projector(trunk.float()))
+
+    def encode_text(self, text_BL: Tensor, normalize: bool = True) -> Tensor:
+        """Strong unit rows [B, E]; they are never anything else."""
+        return unit(self.objective.l2l_text_projector(encode_text(self.clip, text_BL)[1].float()))
+
+
+def strong_model(loaded: LoadedModel) -> StrongModel | None:
+    """The strong embeddings that lie beside a checkpoint; None where it has no such heads.
+
+    Raises ValueError naming the files when heads and settings do not go together.
+    """
+    folder = loaded.folder
+    if not (folder / SETTINGS_FILE).is_file():
+        return None
+    settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    objective = objective_of(folder, settings, loaded.model)
+    if objective is None:
+        return None
+    device = next(loaded.model.parameters()).device
+    return StrongModel(loaded.model, objective.eval().requires_grad_(False).to(device))
+
+
+def objective_of(folder: Path, settings: dict[str, Any], clip: torch.nn.Module) -> Cl2lObjective | None:
+    tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    try:
+        objective = build_objective(TrainConfig(objective=ObjectiveConfig(**tuples)), tower_widths(clip))
+        if not isinstance(objective, Cl2lObjective):
+            return None
+        objective.load_state_dict(load_file(folder / HEADS_FILE))
+    except (TypeError, RuntimeError, OSError) as error:
+        raise ValueError(
+            f"{folder / HEADS_FILE} does not hold the heads that {folder / SETTINGS_FILE} describes: {error}; "
+            "evaluate another checkpoint, or move both files away to measure the model without its heads"
+        ) from error
+    return objective
+
+
+def unit(rows: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(rows.float(), dim=-1)
+
+
+def strong_texts(encoder: Encoder) -> Encoder:
+    """The encoder whose text features are the strong ones."""
+    return replace(encoder, loaded=replace(encoder.loaded, model=encoder.strong))
+
+
+def interpolated(weak_ND: Tensor, strong_NE: Tensor) -> Iterator[Tensor]:
+    """For each of WEIGHTS, unit rows [N, D + E] whose similarities are w * weak + (1 - w) * strong."""
+    for weight in WEIGHTS:
+        yield torch.cat([weight**0.5 * weak_ND, (1 - weight) ** 0.5 * strong_NE], 1)
+
+
+def by_weight(measured: Iterable[Mapping[str, Measurement]]) -> dict[str, dict[str, dict[str, float]]]:
+    """{w: {metric: value and standard error}} of measurements in the order of WEIGHTS."""
+    return {
+        f"{weight:.1f}": {
+            name: {"value": found.value, "standard_error": found.standard_error} for name, found in metrics.items()
+        }
+        for weight, metrics in zip(WEIGHTS, measured, strict=True)
+    }
