@@ -36,6 +36,7 @@ THINNED = [
     Cell(stage, "fp32", "none", micro, world_size, "contrastive")
     for stage, micro, world_size in ((1, 1, 2), (3, 4, 2), (0, 4, 3), (2, 4, 3), (3, 1, 3))
 ]
+DROPPING = replace(ROCKET, text_dropout=0.2, text_drop_path=0.2)
 BF16 = Cell(2, "bf16", "none", 1, 2, "contrastive")
 
 
@@ -158,7 +159,7 @@ def engine_steps(rank: int, world_size: int, cell: Cell, objective: ObjectiveCon
         outcome = train_step(engine, config_of(cell, objective), batch, optim.lr)
         assert not outcome.not_finite
         losses.append(outcome.values()["loss"])
-        scales.append((outcome.values()["strong_logit_scale"], outcome.scalars[0].item()))
+        scales.append((outcome.values()["l2l_logit_scale"], outcome.scalars[0].item()))
         weights.append(masters(engine))
     found = {"weights": weights, "losses": losses, "scales": scales, "moments": whole_of(engine, "exp_avg")}
     if teacher is not None:
@@ -288,6 +289,33 @@ def check_cells(cells: Sequence[tuple[Cell, ObjectiveConfig]], plain: dict) -> N
 def test_the_step_with_heads_is_that_of_a_plain_program_and_the_teacher_is_the_average(plain):
     teachers = [Cell(3, "fp32", "none", 4, 2, "contrastive"), BF16, Cell(0, "fp32", "none", 1, 3, "contrastive")]
     check_cells([(cell, ROCKET) for cell in THINNED] + [(cell, BYOLIP) for cell in teachers], plain)
+
+
+def record_encoded(rank: int, world_size: int) -> list[tuple[bool, list[torch.Tensor]]]:
+    """The texts' features of every pass through the towers, and whether it had a graph."""
+    from train.engine import Engine
+    from train.towers_and_heads import ENCODE
+
+    records, original = [], Engine.call
+
+    def call(self, task, *inputs):
+        found = original(self, task, *inputs)
+        if task == ENCODE:
+            records.append((torch.is_grad_enabled(), [rows.detach().clone() for rows in found[1]]))
+        return found
+
+    Engine.call = call
+    engine_steps(rank, world_size, Cell(1, "fp32", "none", 4, 1, "contrastive"), DROPPING)
+    return records
+
+
+@pytest.mark.slow
+def test_the_dropout_of_strong_texts_is_replayed():
+    records = run_on_ranks(record_encoded, 1)[0]
+    first, replayed = ([texts for had_graph, texts in records if had_graph is graph] for graph in (False, True))
+    assert len(first) == len(replayed) == 4 * (NUM_STEPS + 1)
+    for some, other in zip(first, replayed, strict=True):
+        assert all(torch.equal(one, another) for one, another in zip(some, other, strict=True))
 
 
 @pytest.mark.full

@@ -43,9 +43,9 @@ def whole_step(engine: Engine, batch: RankBatch, rate: float) -> ObjectiveStep:
     """All rows of this rank at once. Collective: every rank calls."""
     images, texts = views_of(batch)
     teacher = _teacher_outputs(engine, images, texts, 1)
-    outputs, scalars, *features = engine.call(WHOLE, images, texts, _given(teacher))
+    outputs, scalars, scales, *features = engine.call(WHOLE, images, texts, _given(teacher))
     with engine.phases(LOSS):
-        terms = engine.module.objective.loss(outputs, scalars, teacher, world_group())
+        terms = _terms(engine, outputs, scalars, teacher, scales)
     taken = engine.backward_and_step(terms.loss * one_if_finite(terms.loss), rate)
     return ObjectiveStep(terms, _detached(scalars), _detached(tuple(features)), taken)
 
@@ -98,9 +98,9 @@ class _CachedLosses:
         )
 
     def losses(self) -> Iterator[torch.Tensor]:
-        outputs, self.scalars = self.engine.call(HEADS, *self.rows, _given(self.teacher))
+        outputs, self.scalars, scales = self.engine.call(HEADS, *self.rows, _given(self.teacher))
         with self.engine.phases(LOSS):
-            self.terms = self.engine.module.objective.loss(outputs, self.scalars, self.teacher, world_group())
+            self.terms = _terms(self.engine, outputs, self.scalars, self.teacher, scales)
         self.scalars = _detached(self.scalars)
         self.after = RandomState.now(self.engine.device)
         # Its gradient is the factor by which 16-bit precision scales losses: the features' gradients have it, and would get it twice.
@@ -145,6 +145,12 @@ def _teacher_outputs(engine: Engine, images: Tensors, texts: Tensors, number: in
 def _given(teacher: Outputs | None) -> Outputs | None:
     # ZeRO-3 writes into the dictionaries that it passes on.
     return None if teacher is None else dict(teacher)
+
+
+def _terms(engine: Engine, outputs: Outputs, scalars: Tensors, teacher: Outputs | None, scales: Outputs) -> Terms:
+    """The objective's terms, its own scales among what is logged."""
+    terms = engine.module.objective.loss(outputs, scalars, teacher, world_group())
+    return replace(terms, values={**terms.values, **scales})
 
 
 def _detached(tensors: Tensors) -> Tensors:

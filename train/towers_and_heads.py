@@ -44,7 +44,7 @@ class TowersAndHeads(TwoTowers):
 
     def forward(self, task: str, *inputs: Any) -> Any:
         """ENCODE images, texts -> the fields of `Encoded` as tuples. HEADS those fields without scalars, teacher's outputs -> outputs,
-        scalars. WHOLE images, texts, teacher's outputs -> the same and the weak image and text features.
+        scalars, own scales by name. WHOLE images, texts, teacher's outputs -> the same and the weak image and text features.
 
         images: uint8 [B, 3, H, W] and texts: int64 [B, L], the weak view and the strong ones.
         """
@@ -54,7 +54,9 @@ class TowersAndHeads(TwoTowers):
         scalars = self.scalars()
         # Not by a call: ZeRO-3's hooks would look for tensors in what is no tuple. Its parameters are gathered as the towers' own are.
         outputs = self.objective.forward(Encoded(*encoded, scalars), teacher)
-        return (outputs, scalars, *((encoded[0][0], encoded[1][0]) if task == WHOLE else ()))
+        with torch.no_grad():
+            scales = {name: self.objective.scale(name) for name in self.objective.temperatures}
+        return (outputs, scalars, scales, *((encoded[0][0], encoded[1][0]) if task == WHOLE else ()))
 
     def encode(self, images: Tensors, texts: Tensors) -> tuple[Tensors, Tensors, Tensors, Tensors, Tensors]:
         with attention_for(images[0].device):
