@@ -34,7 +34,7 @@ ALL_CELLS = [
 # Every stage, feature-cached and not, where ranks are unequal.
 THINNED = [
     Cell(stage, "fp32", "none", micro, world_size, "contrastive")
-    for stage, micro, world_size in ((1, 1, 2), (3, 4, 2), (0, 4, 3), (2, 4, 3), (3, 1, 3))
+    for stage, micro, world_size in ((1, 1, 2), (3, 4, 2), (0, 4, 3), (2, 1, 3))
 ]
 DROPPING = replace(ROCKET, text_dropout=0.2, text_drop_path=0.2)
 BF16 = Cell(2, "bf16", "none", 1, 2, "contrastive")
@@ -287,7 +287,7 @@ def check_cells(cells: Sequence[tuple[Cell, ObjectiveConfig]], plain: dict) -> N
 
 @pytest.mark.slow
 def test_the_step_with_heads_is_that_of_a_plain_program_and_the_teacher_is_the_average(plain):
-    teachers = [Cell(3, "fp32", "none", 4, 2, "contrastive"), BF16, Cell(0, "fp32", "none", 1, 3, "contrastive")]
+    teachers = [Cell(3, "fp32", "none", 4, 2, "contrastive"), BF16, Cell(0, "fp32", "none", 1, 2, "contrastive")]
     check_cells([(cell, ROCKET) for cell in THINNED] + [(cell, BYOLIP) for cell in teachers], plain)
 
 
