@@ -118,9 +118,9 @@ def set_up(config: TrainConfig, recipe: str, ranks: Ranks, phases: Phases, stop_
     )
     if config.data.shards:
         parts.log.say(dataset.summary())
-    for line in (heads, resumed):
-        if line:
-            parts.log.say(line)
+    # A run that goes on has its own heads.
+    if resumed or heads:
+        parts.log.say(resumed or heads)
     return parts
 
 
