@@ -12,7 +12,8 @@ import torch
 from tests import published_weights as published
 from tests.ranks import run_on_ranks
 from tests.tiny_world import TINY_VIT, tiny_store, train_here, training_flags
-from train.config import ModelConfig
+from train.compilation import check_compiles, compile_blocks
+from train.config import ModelConfig, ObjectiveConfig
 from train.model import TwoTowers, attention_for, build_model, load_model, resolve, save_model
 
 TEXT = TINY_VIT["text_cfg"]
@@ -251,3 +252,35 @@ def test_adapters_train_alike_with_and_without_zero_and_resume(tmp_path, vit_jso
     assert "visual.transformer.resblocks.0.attn.in_proj_bias" not in moved
     assert not moved & {"visual.conv1.weight", "token_embedding.weight", "visual.proj"}
     assert (tmp_path / "run3" / "export" / "open_clip_model.safetensors").is_file()
+
+
+def test_compiled_blocks_give_the_same_and_keep_their_names(vit_json, tmp_path):
+    torch.save({"state_dict": published.slip()}, tmp_path / "slip.pt")
+    for chosen in ({"name": vit_json}, {"pretrained": str(tmp_path / "slip.pt")}):
+        model, preprocess = build_model(ModelConfig(**chosen))
+        names = list(model.state_dict())
+        images, tokens = (
+            torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8),
+            torch.randint(1, 8000, (2, model.context_length)),
+        )
+        towers, gradients = TwoTowers(model, preprocess), []
+        for compiled in (False, True):
+            if compiled:
+                assert compile_blocks(model, "cpu", backend="aot_eager") == (6 if "name" in chosen else 4)
+            image_BD, text_BD, _ = towers(images, tokens)
+            with attention_for(images.device):
+                gradients.append(
+                    torch.autograd.grad((image_BD * text_BD).sum(), [p for p in model.parameters() if p.ndim > 1])
+                )
+        for plain, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-6)
+        assert list(model.state_dict()) == names
+
+
+def test_what_can_not_be_compiled_is_named():
+    with pytest.raises(ValueError, match="ZeRO stage 3"):
+        check_compiles(stage=3, config=ObjectiveConfig())
+    with pytest.raises(ValueError, match=r"objective.text_dropout"):
+        check_compiles(stage=1, config=ObjectiveConfig(text_dropout=0.1))
+    with pytest.raises(ValueError, match="finds no blocks"):
+        compile_blocks(torch.nn.ModuleDict({"visual": torch.nn.Linear(1, 1)}), "cpu", backend="eager")

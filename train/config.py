@@ -410,6 +410,9 @@ class TrainConfig:
     """auto takes the GPUs when there are any"""
     threads: int = 0
     """CPU threads of each rank; 0 leaves the choice to torch"""
+    compile: bool = False
+    """torch.compile for the towers' blocks; a minute or more before the first step. Not with ZeRO stage 3; on a CPU it needs g++ and
+    does not pay"""
     log_every_steps: int = 20
     """steps between two lines of metrics.jsonl"""
     trackers: tuple[str, ...] = ("tensorboard",)

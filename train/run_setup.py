@@ -10,13 +10,14 @@ import torch
 
 from train.checkpoint import CheckpointSaver, find_checkpoint, restore, saved_steps
 from train.clip_library import PreprocessCfg
+from train.compilation import check_compiles, compile_blocks
 from train.config import TrainConfig
 from train.data.loader import StepDataset
 from train.data.replaced import ReplacedPictures
 from train.data.shard_index import local_tars, prepare_index
 from train.data.tar_stream import TarStream
 from train.distributed import Ranks, barrier
-from train.ds_config import read_ds_config
+from train.ds_config import read_ds_config, zero_stage
 from train.engine import Engine, check_zero_section
 from train.flops import step_cost
 from train.metrics import MetricsLog, StepClock
@@ -80,6 +81,9 @@ def set_up(config: TrainConfig, recipe: str, ranks: Ranks, phases: Phases, stop_
     barrier()  # every rank has read the run folder before rank 0 writes to it
     cost = step_cost(towers, dataset.image_size, ds_config, ranks.device) if ranks.is_main else None
     teacher = Teacher(towers, towers.objective.teacher_momentum) if has_teacher(towers) else None
+    if config.compile:
+        check_compiles(stage=zero_stage(ds_config), config=config.objective)
+        compile_blocks(model, ranks.device.type)
     engine = Engine(
         towers, ds_config, config.optim, batch_size=config.batch_size, ranks=ranks, phases=phases, teacher=teacher
     )

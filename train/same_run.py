@@ -13,6 +13,7 @@ FREE_FIELDS = {
     "ds_config",
     "device",
     "threads",
+    "compile",
     "log_every_steps",
     "trackers",
     "save_every_steps",
