@@ -188,3 +188,18 @@ def swalip(weights, encoded, scale, settings) -> torch.Tensor:
     own_scale = weights["l2l_logit_scale"].exp()
     own = swapped_term(images, texts, own_scale, settings.sinkhorn_epsilon, settings.sinkhorn_iterations)
     return cl2l(weights, encoded, scale, settings) + settings.ssl_weight * settings.swap_scale * own
+
+
+def declip(weights, encoded, scale, settings, queue) -> torch.Tensor:
+    images, texts = encoded["image"], encoded["text"]
+    mvs = sum(clip_term(x, t, scale) for x in images for t in texts) / 4
+    nns = 0
+    for text in texts:
+        near = [queue[max(range(len(queue)), key=lambda q, row=row: float(row @ queue[q]))] for row in text.detach()]
+        for image in images:
+            rows = [cross_entropy([scale * row @ other for other in near], i) for i, row in enumerate(image)]
+            nns = nns + sum(rows) / len(rows) / 4
+    projected = [head(weights, "projector", image, 3, last_norm=True) for image in images]
+    predicted = [head(weights, "predictor", rows, 2) for rows in projected]
+    siam = sum(F.cosine_similarity(predicted[a], projected[1 - a].detach(), dim=1).mean() for a in (0, 1)) / -2
+    return settings.mvs_weight * mvs + settings.nns_weight * nns + settings.ssl_weight * siam

@@ -28,6 +28,9 @@ TINY = {
     "barlow_width": 4,
     "barlow_dim": 3,
     "ssl_weight": 0.7,
+    "declip_dim": 5,
+    "declip_width": 4,
+    "queue_length": 16,
 }
 CASES: dict[str, dict[str, Any]] = {
     "slip": {},
@@ -37,6 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "byolip": {"num_strong_views": 3},
     "barlip": {"num_strong_views": 1},
     "swalip": {"strong_label_smoothing": 0.0},
+    "declip": {"num_strong_views": 1},
 }
 
 
@@ -87,6 +91,7 @@ def run(objective, teacher, rows, teacher_rows, part: slice, group) -> dict[str,
         "scale": scale.grad,
         "weights": {name: parameter.grad for name, parameter in objective.named_parameters()},
         "rows": {name: [row.grad for row in views] for name, views in own.items()},
+        "queue": dict(objective.named_buffers()).get("text_queue"),
     }
 
 
@@ -120,7 +125,8 @@ def expected_of(case: str) -> dict[str, Any]:
     teacher = ()
     if method == "byolip":
         teacher = (dict(objective_of(config, seed=5).named_parameters()), rows_of_all_ranks(objective, 2))
-    loss = definition(weights, rows, scale, config.objective, *teacher)
+    queue = (objective.text_queue,) if method == "declip" else ()
+    loss = definition(weights, rows, scale, config.objective, *teacher, *queue)
     if case == "margin":
         loss = loss + 0.6 * definitions.margin_term(rows["image"][0], rows["text"][0])
     loss.backward()
@@ -171,6 +177,29 @@ def test_loss_and_gradients_on_any_number_of_ranks_equal_the_definition_over_all
                 assert all(part is None for part in own), name
             else:
                 torch.testing.assert_close(torch.cat(own) / len(ranks), gradient, **CLOSE)
+
+
+def test_the_queue_takes_the_texts_of_all_ranks_first_in_first_out(found):
+    objective = objective_of(config_of("declip"))
+    texts = rows_of_all_ranks(objective)["text"]
+    wanted = torch.cat([*texts, objective.text_queue[2 * NUM_ROWS :]])
+    for rank in found:
+        torch.testing.assert_close(rank["declip"]["queue"], wanted.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_the_queue_goes_round_keeps_its_place_in_the_state_and_refuses_what_is_not_finite():
+    objective = objective_of(config_of("declip"))
+    rows = rows_of_all_ranks(objective)
+    for _ in range(2):
+        run(objective, None, rows, None, slice(0, NUM_ROWS), None)
+    assert objective.state_dict()["queue_place"] == 4 * NUM_ROWS - 16
+    texts = torch.cat(rows["text"]).detach()
+    torch.testing.assert_close(objective.text_queue, torch.cat([texts[4:], texts[8:], texts[:4]]))
+    before = objective.text_queue.clone()
+    rows["text"][0] = torch.full_like(rows["text"][0], torch.nan)
+    run(objective, None, rows, None, slice(0, NUM_ROWS), None)
+    torch.testing.assert_close(objective.text_queue[8:14], before[8:14])
+    assert objective.text_queue.isfinite().all()
 
 
 def mean_of(gradients: list[torch.Tensor]) -> torch.Tensor:
@@ -325,6 +354,8 @@ def test_barlow_twins_by_strips_equals_the_whole_matrix(monkeypatch):
             {},
             "swap_scale=-1.0 must be 0 or more",
         ),
+        ({"name": "declip"}, {}, "num_strong_views=2 does not go with --objective.name declip"),
+        ({"name": "declip", "num_strong_views": 1}, {"kind": "sigmoid"}, "declip has no --loss.kind sigmoid"),
         ({"name": "cl2l", "legacy_gradients": True}, {"kind": "sigmoid"}, "legacy_gradients is for the published"),
     ],
 )

@@ -10,7 +10,7 @@ from typing import Literal
 from train.trackers import check_trackers
 
 Partners = Literal["mined", "random"]
-ObjectiveName = Literal["clip", "slip", "cl2l", "siamlip", "byolip", "barlip", "swalip"]
+ObjectiveName = Literal["clip", "slip", "cl2l", "siamlip", "byolip", "barlip", "swalip", "declip"]
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,8 @@ class ObjectiveConfig:
 
     name: ObjectiveName = "clip"
     """clip: the loss alone; slip: with SimCLR on two strong image views; cl2l: weak and strong views of both towers, each with own heads
-    (CLIP-rocket); siamlip, byolip, barlip, swalip: cl2l with cross-modal SimSiam, BYOL, Barlow Twins, SwAV"""
+    (CLIP-rocket); siamlip, byolip, barlip, swalip: cl2l with cross-modal SimSiam, BYOL, Barlow Twins, SwAV; declip: a second view of each
+    picture and text, a queue of near texts, and SimSiam between pictures (DeCLIP without its masked language model)"""
     num_strong_views: int = 2
     """strong views of each pair, beside the weak one (of its picture alone for slip)"""
     ssl_weight: float = 1.0
@@ -312,6 +313,16 @@ class ObjectiveConfig:
     """swalip: normalisations of rows and columns"""
     swap_scale: float = 0.2
     """swalip: factor of the swapped assignments' loss"""
+    mvs_weight: float = 0.4
+    """declip: weight of the mean contrastive loss over the four pairs of views; ssl_weight is SimSiam's there (published: 0.2)"""
+    nns_weight: float = 0.2
+    """declip: weight of the contrastive loss with the nearest texts of the queue"""
+    queue_length: int = 65536
+    """declip: texts of all ranks in the queue"""
+    declip_dim: int = 1024
+    """declip: width of SimSiam's projector and of what its predictor gives"""
+    declip_width: int = 512
+    """declip: hidden width of SimSiam's predictor"""
     separate_heads: bool = False
     """siamlip, byolip, barlip: heads of their own for weak and for strong views, instead of shared weights"""
     teacher_momentum: float = 0.99
@@ -333,6 +344,13 @@ class ObjectiveConfig:
             raise ValueError(
                 f"objective.num_strong_views={self.num_strong_views} does not go with --objective.name {self.name}, which compares two"
             )
+        if self.name == "declip" and self.num_strong_views != 1:
+            raise ValueError(
+                f"objective.num_strong_views={self.num_strong_views} does not go with --objective.name declip, which has one beside the "
+                "weak view; make it 1"
+            )
+        if not self.mvs_weight > 0:
+            raise ValueError(f"objective.mvs_weight={self.mvs_weight} must be positive")
         for name in ("strong_label_smoothing", "text_dropout", "text_drop_path", "teacher_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"objective.{name}={getattr(self, name)} must be from 0 to less than 1")
@@ -343,7 +361,7 @@ class ObjectiveConfig:
             raise ValueError(
                 f"objective.strong_temperature={self.strong_temperature} must be at most 1: scales stay above 1"
             )
-        for name in ("ssl_weight", "barlow_scale", "barlow_off_diagonal", "swap_scale"):
+        for name in ("ssl_weight", "barlow_scale", "barlow_off_diagonal", "swap_scale", "nns_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"objective.{name}={getattr(self, name)} must be 0 or more")
         widths = (
@@ -354,6 +372,9 @@ class ObjectiveConfig:
             "barlow_width",
             "barlow_dim",
             "sinkhorn_iterations",
+            "queue_length",
+            "declip_dim",
+            "declip_width",
         )
         for name in widths:
             if getattr(self, name) < 1:
@@ -445,6 +466,8 @@ class TrainConfig:
             )
         self.loss.check()
         self.objective.check()
+        if self.objective.name == "declip" and self.loss.kind != "contrastive":
+            raise ValueError(f"--objective.name declip has no --loss.kind {self.loss.kind}; its pairs share one scale")
         if self.objective.legacy_gradients and (self.loss.kind != "contrastive" or self.loss.margin_weight):
             raise ValueError(
                 f"--objective.legacy_gradients is for the published contrastive losses, not for loss.kind={self.loss.kind} with "

@@ -4,6 +4,7 @@ from train.config import TrainConfig
 from train.objectives.barlip import BarlipObjective
 from train.objectives.cl2l import Cl2lObjective
 from train.objectives.clip import ClipObjective
+from train.objectives.declip import DeclipObjective
 from train.objectives.objective import Encoded, Objective, Outputs, Terms, TowerWidths
 from train.objectives.siamlip import ByolipObjective, SiamlipObjective
 from train.objectives.slip import SlipObjective
@@ -17,6 +18,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "byolip": ByolipObjective,
     "barlip": BarlipObjective,
     "swalip": SwalipObjective,
+    "declip": DeclipObjective,
 }
 
 

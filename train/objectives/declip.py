@@ -1,0 +1,113 @@
+"""DeCLIP's parts on two views of each picture and each text: all four contrastive pairs (MVS), nearest texts of a queue in place of the own
+one (NNS), and SimSiam between the pictures. Its masked language model is not here: the objective sees no masked texts.
+
+The queue holds the texts of all ranks, the same on every rank; it is state, so a resumed run goes on with it. Source: Li et al. 2021
+(arXiv:2110.05208). Published: a queue for each rank, random again after a resume.
+
+Shape letters: B rows of this rank, D embedding, Q texts in the queue.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import kernels
+from train.config import TrainConfig
+from train.distributed import mean_over_rows, rows_of_all_ranks
+from train.objectives.contrastive import softplus, view_loss, weak_loss
+from train.objectives.heads import Head
+from train.objectives.objective import Encoded, Objective, Outputs, Terms, TowerWidths
+from train.views import Views
+
+# Columns of the queue that are compared with at a time.
+QUEUE_TILE = 8192
+
+
+class DeclipObjective(Objective):
+    """Loss: mvs_weight * MVS + nns_weight * NNS + ssl_weight * SimSiam; every term on the model's own embedding."""
+
+    views = Views(1, 1)
+
+    def __init__(self, config: TrainConfig, widths: TowerWidths) -> None:
+        super().__init__(config, widths)
+        settings = config.objective
+        dim = settings.declip_dim
+        self.projector = Head([widths.embedding, dim, dim, dim], last_norm=True)
+        self.predictor = Head([dim, settings.declip_width, dim])
+        self.register_buffer("text_queue", F.normalize(torch.randn(settings.queue_length, widths.embedding), dim=1))
+        self.register_buffer("queue_place", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, encoded: Encoded, teacher: Outputs | None) -> Outputs:
+        outputs = {"image": encoded.image[0], "text": encoded.text[0]}
+        outputs |= {"strong_image": encoded.image[1], "strong_text": encoded.text[1]}
+        for number, rows_BD in enumerate(encoded.image):
+            outputs[f"projection_{number}"] = self.projector(rows_BD)
+            outputs[f"prediction_{number}"] = self.predictor(outputs[f"projection_{number}"])
+        return outputs
+
+    def loss(
+        self,
+        outputs: Outputs,
+        encoded_scalars: tuple[torch.Tensor, ...],
+        teacher_outputs: Outputs | None,
+        group: Any,
+    ) -> Terms:
+        settings, scale = self.config.objective, encoded_scalars[0]
+        images, texts = ((outputs[name], outputs[f"strong_{name}"]) for name in ("image", "text"))
+        share = settings.mvs_weight / 4
+        weak = weak_loss(self.config, outputs, encoded_scalars, group, share)
+        others = [
+            view_loss(self.config, images[a], texts[b], scale, self.config.loss.label_smoothing, group).loss
+            for a, b in ((0, 1), (1, 0), (1, 1))
+        ]
+        nns = self._nearest_texts_loss(images, texts, scale, group)
+        siam = self._simsiam(outputs, group)
+        loss = weak.loss + share * sum(others) + settings.nns_weight * nns + settings.ssl_weight * siam
+        self._enqueue(texts, group)
+        values = {"mvs_other_pairs": sum(others).detach() / 3, "nns": nns.detach(), "simsiam": siam.detach()}
+        return Terms(loss, {**weak.values, **values, "loss": loss.detach()})
+
+    def _nearest_texts_loss(
+        self, images: tuple[torch.Tensor, ...], texts: tuple[torch.Tensor, ...], scale: torch.Tensor, group: Any
+    ) -> torch.Tensor:
+        """Cross entropy of each image among the texts nearest to all pairs' texts; images alone have a gradient. Collective."""
+        losses = []
+        for text_BD in texts:
+            near_BD = nearest_rows(text_BD.detach(), self.text_queue)
+            for image_BD in images:
+                options = {"process_group": group, "backend": self.config.loss.backend}
+                off_B = kernels.off_diagonal_log_sum_exp(image_BD, near_BD, scale, **options).rows_B
+                losses.append(softplus(off_B - scale * (image_BD * near_BD).sum(1)))
+        return mean_over_rows(sum(losses) / len(losses), group)
+
+    def _simsiam(self, outputs: Outputs, group: Any) -> torch.Tensor:
+        """Minus the mean cosine of each view's prediction and the other's projection without gradient. Collective."""
+        cosines = [
+            F.cosine_similarity(outputs[f"prediction_{own}"], outputs[f"projection_{1 - own}"].detach(), dim=1)
+            for own in (0, 1)
+        ]
+        return -mean_over_rows(sum(cosines) / 2, group)
+
+    @torch.no_grad()
+    def _enqueue(self, texts: tuple[torch.Tensor, ...], group: Any) -> None:
+        """Put both views' texts of all ranks in place of the oldest. Collective: every rank calls."""
+        length = len(self.text_queue)
+        rows_ND = torch.cat([rows_of_all_ranks(text_BD.detach(), group) for text_BD in texts])[-length:]
+        places_N = (self.queue_place + torch.arange(len(rows_ND), device=rows_ND.device)) % length
+        # A step that is not finite changes nothing: its rows stay out.
+        finite_N1 = rows_ND.isfinite().all(1, keepdim=True)
+        rows_ND = torch.where(finite_N1, rows_ND.to(self.text_queue.dtype), self.text_queue[places_N])
+        self.text_queue[places_N] = rows_ND
+        self.queue_place.copy_((self.queue_place + len(rows_ND)) % length)
+
+
+def nearest_rows(rows_BD: torch.Tensor, queue_QD: torch.Tensor) -> torch.Tensor:
+    """Of each row the queue's most similar one, [B, D] in the dtype of the rows; the first of equals."""
+    best_B = rows_BD.new_full((len(rows_BD),), -torch.inf)
+    place_B = torch.zeros(len(rows_BD), dtype=torch.int64, device=rows_BD.device)
+    for first in range(0, len(queue_QD), QUEUE_TILE):
+        value_B, index_B = (rows_BD @ queue_QD[first : first + QUEUE_TILE].to(rows_BD.dtype).T).max(1)
+        is_nearer_B = value_B > best_B
+        best_B, place_B = torch.where(is_nearer_B, value_B, best_B), torch.where(is_nearer_B, index_B + first, place_B)
+    return queue_QD[place_B].to(rows_BD.dtype)
