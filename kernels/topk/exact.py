@@ -12,14 +12,19 @@ import torch
 from torch import Tensor
 
 from kernels.rows.checks import automatic_backend
+from kernels.rows.scratch import Scratch
 
+# Converted together: what lies between stays in a processor's cache.
+ROWS_AT_ONCE = 256
 # Entries at a time where each needs a copy of its base row, and widest range of base rows that is copied as it is.
 CHUNK = 16384
 WIDEST_RANGE = 8192
 
 
-def exact_similarity(query_QD: Tensor, base_ND: Tensor, rows_S: Tensor, ids_S: Tensor) -> Tensor:
-    """float64 [S] dot products of query rows_S (ascending) with base row ids_S."""
+def exact_similarity(
+    query_QD: Tensor, base_ND: Tensor, rows_S: Tensor, ids_S: Tensor, scratch: Scratch | None = None
+) -> Tensor:
+    """float64 [S] dot products of query rows_S (ascending) with base row ids_S. `scratch`: of who calls many times."""
     if len(rows_S) == 0:
         return torch.zeros(0, dtype=torch.float64, device=rows_S.device)
     on_cpu = base_ND.device.type == "cpu"
@@ -30,14 +35,16 @@ def exact_similarity(query_QD: Tensor, base_ND: Tensor, rows_S: Tensor, ids_S: T
         return exact_products(query_QD, base_ND, rows_S, ids_S)
     chunk = len(rows_S) if on_cpu and int(ids_S.max() - ids_S.min()) < WIDEST_RANGE else CHUNK
     parts = zip(rows_S.split(chunk), ids_S.split(chunk), strict=True)
-    compute = _sampled if on_cpu else _gathered
-    return torch.cat([compute(query_QD, base_ND, rows, ids) for rows, ids in parts])
+    if not on_cpu:
+        return torch.cat([_gathered(query_QD, base_ND, rows, ids) for rows, ids in parts])
+    scratch = scratch or Scratch(base_ND.device)
+    return torch.cat([_sampled(query_QD, base_ND, rows, ids, scratch) for rows, ids in parts])
 
 
-def _sampled(query_QD: Tensor, base_ND: Tensor, rows_S: Tensor, ids_S: Tensor) -> Tensor:
+def _sampled(query_QD: Tensor, base_ND: Tensor, rows_S: Tensor, ids_S: Tensor, scratch: Scratch) -> Tensor:
     """Entries of a sparse matrix: reads rows where they are, without a copy for each entry."""
-    query_SD, row_S = _needed_rows(query_QD, rows_S)
-    base_SD, column_S = _needed_rows(base_ND, ids_S)
+    query_SD, row_S = _needed_rows(query_QD, rows_S, scratch, "query")
+    base_SD, column_S = _needed_rows(base_ND, ids_S, scratch, "base")
     first_R = torch.zeros(len(query_SD) + 1, dtype=torch.int64)
     first_R[1:] = torch.bincount(row_S, minlength=len(query_SD)).cumsum(0)
     zeros_S = torch.zeros(len(row_S), dtype=torch.float64)
@@ -50,13 +57,20 @@ def _sampled(query_QD: Tensor, base_ND: Tensor, rows_S: Tensor, ids_S: Tensor) -
     return torch.sparse.sampled_addmm(pattern, query_SD, base_SD.T, beta=0.0).values()
 
 
-def _needed_rows(rows_ND: Tensor, ids_S: Tensor) -> tuple[Tensor, Tensor]:
+def _needed_rows(rows_ND: Tensor, ids_S: Tensor, scratch: Scratch, name: str) -> tuple[Tensor, Tensor]:
     """float64 rows with all of `ids_S` among them, and the place of each: a range of rows, or where that is much wider
-    than the entries are many, a row for each."""
+    than the entries are many, a row for each. They last until `name` is asked for again."""
     first, last = int(ids_S.min()), int(ids_S.max()) + 1
-    if last - first <= 2 * len(ids_S):
-        return double_rows(rows_ND[first:last]), ids_S - first
-    return double_rows(rows_ND.index_select(0, ids_S)), torch.arange(len(ids_S))
+    if last - first > 2 * len(ids_S):
+        return double_rows(rows_ND.index_select(0, ids_S)), torch.arange(len(ids_S))
+    if rows_ND.dtype == torch.float64:
+        return rows_ND[first:last], ids_S - first
+    needed_SD = scratch.matrix(name, last - first, rows_ND.shape[1], torch.float64)
+    for start in range(0, last - first, ROWS_AT_ONCE):
+        needed_SD[start : start + ROWS_AT_ONCE] = rows_ND[
+            first + start : min(first + start + ROWS_AT_ONCE, last)
+        ].float()
+    return needed_SD, ids_S - first
 
 
 def double_rows(rows_BD: Tensor) -> Tensor:

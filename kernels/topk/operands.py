@@ -99,7 +99,7 @@ def _rounded(rows_BD: Tensor, interleave: int) -> tuple[Tensor, Tensor, Tensor]:
     depth = -(-(dim + 2) // DEPTH_MULTIPLE) * DEPTH_MULTIPLE
     dtype, device = operand_dtype(rows_BD.device.type), rows_BD.device
     order_BE = torch.empty(interleave, num_groups, depth, dtype=dtype, device=device).transpose(0, 1)
-    order_BE[:, :, dim:] = 0
+    order_BE[:, :, dim:].zero_()
     norms, residuals = ([torch.zeros(0, device=device)] for _ in range(2))
     step = (ROWS_AT_ONCE if device.type == "cpu" else GPU_ROWS_AT_ONCE) // interleave
     for start in range(0, num_groups, step):
@@ -109,7 +109,9 @@ def _rounded(rows_BD: Tensor, interleave: int) -> tuple[Tensor, Tensor, Tensor]:
         # Rounded in their own order first: what follows is faster on rows without gaps.
         rounded_BD = exact_BD.to(dtype)
         # Exact: a number and its neighbour on a coarser grid.
-        residuals.append(torch.linalg.vector_norm(exact_BD - rounded_BD, dim=1).float())
+        difference_BD = rounded_BD.to(exact_BD.dtype, copy=True)
+        torch.sub(exact_BD, difference_BD, out=difference_BD)
+        residuals.append(torch.linalg.vector_norm(difference_BD, dim=1).float())
         rounded_BD = F.pad(rounded_BD, (0, 0, 0, -len(exact_BD) % interleave))
         order_BE[start : start + step, :, :dim] = rounded_BD.view(-1, interleave, dim)
     return order_BE, torch.cat(norms), torch.cat(residuals)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.rows.scratch import Scratch
 from kernels.topk.exact import double_rows, exact_similarity
 from kernels.topk.exclusion import ExclusionCount
 from kernels.topk.pilot import guessed_thresholds
@@ -73,10 +74,12 @@ def decide(problem: Problem, survivors: Survivors) -> Answer:
     """The k best of the survivors by exact score, ties by the lower id."""
     # Once, in place of for every chunk.
     problem = replace(problem, query_QD=tuple(double_rows(rows_QD) for rows_QD in problem.query_QD))
-    survivors.compact(lambda rows_S, ids_S: exact_score(problem, rows_S, ids_S)[2])
+    # Fresh memory for every chunk's rows costs page faults, more than their conversion.
+    scratch = Scratch(problem.device)
+    survivors.compact(lambda rows_S, ids_S: exact_score(problem, rows_S, ids_S, scratch)[2])
     chunks, similarity = [], []
     for chunk in joined(survivors.chunks):
-        *exact, score_S = exact_score(problem, chunk.rows_S, chunk.ids_S)
+        *exact, score_S = exact_score(problem, chunk.rows_S, chunk.ids_S, scratch)
         chunks.append(Chunk(chunk.rows_S, chunk.ids_S, score_S, score_S))
         similarity.append(exact)
     num_queries, k = problem.num_queries, problem.k
@@ -98,10 +101,12 @@ def decide(problem: Problem, survivors: Survivors) -> Answer:
     return Answer(ids_QK, *(F.pad(value.masked_fill(missing_QK, 0), padding) for value in (*values, score_QK)))
 
 
-def exact_score(problem: Problem, rows_S: Tensor, ids_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def exact_score(
+    problem: Problem, rows_S: Tensor, ids_S: Tensor, scratch: Scratch | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """float64 (image similarity, text similarity, score), [S] each."""
     towers = zip(problem.query_QD, problem.base_ND, strict=True)
-    image_S, text_S = (exact_similarity(query_QD, base_ND, rows_S, ids_S) for query_QD, base_ND in towers)
+    image_S, text_S = (exact_similarity(query_QD, base_ND, rows_S, ids_S, scratch) for query_QD, base_ND in towers)
     return image_S, text_S, image_S.clamp(min=0) * text_S.clamp(min=0)
 
 
