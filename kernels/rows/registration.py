@@ -207,14 +207,15 @@ def _backward_of(loss: Loss, operation: Callable[..., list[Tensor]]) -> Callable
             return (None,) * (len(ctx.inputs_like) + len(ctx.settings))
         needs = ctx.needs_input_grad[: len(ctx.inputs_like)]
         flags = (*needs[:2], any(needs[2:]))
-        results = iter(operation(d_loss, *ctx.saved_tensors, *flags, *ctx.settings))
-        computed = [next(results) if flag else None for flag in (*flags[:2], *flags[2:] * len(loss.scalars))]
-        like = zip(computed, needs, ctx.inputs_like, strict=True)
-        # A scalar may be [1]; the features' gradients are in shape, and stay no view of anything.
-        gradients = [
-            (value if value.dim() else value.reshape(shape)).to(dtype) if need else None
-            for value, need, (dtype, shape) in like
-        ]
+        results = operation(d_loss, *ctx.saved_tensors, *flags, *ctx.settings)[::-1]
+        gradients = []
+        for flag, need, (dtype, shape) in zip(
+            (*flags[:2], *flags[2:] * len(loss.scalars)), needs, ctx.inputs_like, strict=True
+        ):
+            # One at a time, so that at most one is there in two dtypes.
+            value = results.pop() if flag else None
+            # A scalar may be [1]; the features' gradients are in shape, and stay no view of anything.
+            gradients.append((value if value.dim() else value.reshape(shape)).to(dtype) if need else None)
         return *gradients, *(None for _ in ctx.settings)
 
     return backward

@@ -15,6 +15,7 @@ from torch import Tensor
 from kernels.rows.precision import accumulation_dtype, bfloat16_units
 from kernels.rows.scratch import Scratch
 
+ROWS_AT_ONCE = 512
 HALF_OF_LAST_BIT, LEADING_BITS = 0x8000, -0x10000
 
 
@@ -90,8 +91,9 @@ class WeightedSums:
             self._add_rounded(self._columns(columns), torch.mm(self._transposed(rows), rest_RC, out=product))
 
     def _add_rounded(self, sums: Tensor, product: Tensor) -> None:
-        # A sum of two dtypes takes twice as long as a copy and a sum.
-        sums.add_(self.scratch.matrix("product", *product.shape, self.dtype).copy_(product))
+        # A sum of two dtypes takes twice as long as a copy and a sum; in parts that stay in a processor's cache.
+        for sums_part, part in zip(sums.split(ROWS_AT_ONCE), product.split(ROWS_AT_ONCE), strict=True):
+            sums_part.add_(self.scratch.matrix("product", *part.shape, self.dtype).copy_(part))
 
     def _columns(self, columns: slice) -> Tensor:
         """[D, C] sums of a tile of columns."""

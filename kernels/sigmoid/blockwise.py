@@ -64,8 +64,9 @@ def gradient_sweep(
         if want_scalars:
             weight_sum += weight.sum(1).double().sum()
             logit_sum += logits.mul_(weight).sum(1).double().sum()
-        sums.put(weight, logits, 0)
-        sums.add(logits, rows, columns, x_tile, y_tile)
+        if sums.is_split:
+            sums.put(weight, logits, 0)
+        sums.add(logits if sums.is_split else weight, rows, columns, x_tile, y_tile)
     return *sums.finished(), (logit_sum - bias * weight_sum) / scale, weight_sum
 
 
