@@ -30,12 +30,14 @@ RUNS = {
     "byolip": (2, "stage_1", 0),
     "barlip": (1, "bf16_stage_2", 0),
     "swalip": (1, "stage_0", 4),
+    "declip": (1, "stage_1", 4),
 }
 ONE_LAYER = {name: {**TINY_VIT[name], "layers": 1} for name in ("vision_cfg", "text_cfg")}
 NUM_STEPS, SAVED_STEP, ROWS = 20, 15, 16
 FLAGS = {"model__name": "tinier-vit", "max_steps": NUM_STEPS, "save_every_steps": SAVED_STEP, "keep_checkpoints": 9}
 FLAGS |= {"threads": 1, "batch_size": ROWS, "optim__warmup": 4, "optim__lr": 2e-3}
 WIDTHS = {"head_width": 32, "head_dim": 16, "siam_width": 32, "siam_dim": 16, "barlow_width": 32, "barlow_dim": 32}
+WIDTHS |= {"declip_dim": 32, "declip_width": 16, "queue_length": 64}
 FLAGS |= {f"objective__{name}": width for name, width in WIDTHS.items()}
 DROPPING = {"objective__text_dropout": 0.1, "objective__text_drop_path": 0.1}
 HEADS = "objective.safetensors"

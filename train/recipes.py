@@ -25,6 +25,7 @@ METHODS = {
     "byolip": "byolip",
     "barlip": "barlip",
     "swalip": "swalip",
+    "declip": "declip",
 }
 POCKET_AUGMENT = AugmentConfig(scale=(0.6, 1.0), phrase_separator="; ")
 POCKET_OPTIM = OptimConfig(lr=1e-3, wd=0.1, warmup=100)
@@ -105,15 +106,24 @@ def helip_refine() -> dict[str, Any]:
 def pocket_objective(method: str) -> ObjectiveConfig:
     """A method with heads that two CPU cores can train."""
     return replace(
-        objective_of(method), head_width=256, head_dim=64, siam_width=256, siam_dim=64, barlow_width=256, barlow_dim=256
+        objective_of(method),
+        head_width=256,
+        head_dim=64,
+        siam_width=256,
+        siam_dim=64,
+        barlow_width=256,
+        barlow_dim=256,
+        declip_dim=256,
+        declip_width=128,
+        queue_length=4096,
     )
 
 
 def objective_of(method: str) -> ObjectiveConfig:
     """A method with the published widths and weights."""
     # Sinkhorn's assignments take the place of smoothed targets.
-    more = {"strong_label_smoothing": 0.0} if method == "swalip" else {}
-    return ObjectiveConfig(name=METHODS[method], **more)
+    more = {"swalip": {"strong_label_smoothing": 0.0}, "declip": {"num_strong_views": 1, "ssl_weight": 0.2}}
+    return ObjectiveConfig(name=METHODS[method], **more.get(method, {}))
 
 
 def pocket_method(method: str) -> Callable[[], dict[str, Any]]:
@@ -145,6 +155,7 @@ TITLES = {
     "byolip": "BYOLIP: SiamLIP with an averaged teacher's targets",
     "barlip": "BarLIP: CLIP-rocket's loss and a cross-modal Barlow Twins",
     "swalip": "SwALIP: CLIP-rocket's loss and a swapped assignment within the batch",
+    "declip": "DeCLIP without its masked language model: two views of both, near texts from a queue, SimSiam on pictures",
 }
 # Name, passes of SLIP, steps of an epoch of 4096 pairs (3.3, 12.4 and 14.7 million), and what CLIP-rocket changes between data sets.
 DATA_SETS = {
@@ -225,7 +236,7 @@ RECIPES: dict[str, Callable[[], dict[str, Any]]] = {
         f"{data}-{method}-rn50": rocket_rn50(data, method)
         for data in DATA_SETS
         for method in METHODS
-        if method != "slip"
+        if method not in ("slip", "declip")
     },
     "yfcc15m-rocket-vit-b16": yfcc15m_rocket_vit_b16,
 }
