@@ -175,21 +175,18 @@ def stress(folder: Path, kinds: Sequence[str], num_kills: int, steps: int, seed:
         num_runs, kills_before = num_runs + 1, kills
         while True:
             attempt = Attempt(folder, flags_of(kind, folder, run, steps), log)
-            # A start takes as long as many steps: most kills are to strike steps.
-            instants = (0, start_s[kind]) if rng.random() < 0.2 else (start_s[kind], whole_s[kind])
-            delay = rng.uniform(*instants) if kills < num_kills else 600.0
-            started = time.monotonic()
-            if attempt.wait(delay):
+            # A start takes as long as many steps: most kills are to strike steps, which begin when they do, however busy the machine.
+            is_early, before = rng.random() < 0.2, written_steps(run)[-1:]
+            while not is_early and written_steps(run)[-1:] == before and not attempt.wait(0.05):
+                pass
+            delay = rng.uniform(0, start_s[kind] if is_early else whole_s[kind] - start_s[kind])
+            if attempt.wait(delay if kills < num_kills else 600.0):
                 break
             ranks = rng.choice([[0], [1], [0, 1]])
             struck[moment_of(run)] += 1
             struck["all ranks" if len(ranks) == 2 else "one rank"] += 1
             attempt.kill(ranks)
             kills += 1
-        if kills == kills_before:
-            # The machine has become quicker: later kills would come too late.
-            share = min(1.0, (time.monotonic() - started) / whole_s[kind])
-            start_s[kind], whole_s[kind] = start_s[kind] * share, whole_s[kind] * share
         if not attempt.ended_well():
             print(f"run {num_runs} ended by itself with an error:\n{log.read_text()[-3000:]}", flush=True)
             return num_bad + 1

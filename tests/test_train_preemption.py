@@ -1,5 +1,6 @@
-"""The trainer told to stop through its launcher, and the trainer with a shard that blocks: real runs of the tiny model."""
+"""Programs told to stop, by signals to them or to their launchers, and the trainer with a shard that blocks: real runs."""
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -11,13 +12,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from mining import EmbeddingStore
 from mining.stopping import EXIT_STOPPED, run_stoppable
 from tests.ranks import join_group, run_on_ranks
 from tests.test_mining_stopping import ends
-from tests.tiny_world import ROOT, deepspeed, program_environment, tiny_store, train_here, training_flags
+from tests.tiny_world import ROOT, deepspeed, program_environment, tiny_store, train_here, training_flags, write_shards
+from train.embed import main as embed_program
+from train.evaluate.__main__ import main as evaluate_program
+from train.model import ModelConfig, build_model, save_model
 from train.watchdog import EXIT_HANG
+
+NUM_STEPS = 36
 
 
 @pytest.fixture(scope="module")
@@ -41,31 +50,110 @@ def wait_for_step(run: Path, step: int, is_running: Callable[[], bool]) -> None:
 
 @pytest.mark.slow
 def test_a_run_whose_launcher_is_told_to_stop_saves_leaves_nobody_behind_and_goes_on(store, tmp_path):
-    flags = {"max_steps": 24, "threads": 1, "data__workers": 0}
+    flags = {"max_steps": NUM_STEPS, "threads": 1, "data__workers": 0}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    launched = subprocess.Popen(
-        deepspeed(2, "train/main.py", "pocket-pretrain", *training_flags(store.path, cut, **flags)),
-        cwd=ROOT,
-        env=program_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    command = deepspeed(2, "train/main.py", "pocket-pretrain", *training_flags(store.path, cut, **flags))
+    launched = start(command)
     wait_for_step(cut, 3, lambda: launched.poll() is None)
     # It dies of that at once and passes nothing on; its launch.py and the ranks are left to themselves.
     launched.send_signal(signal.SIGTERM)
+    stopped_at = stopped_step(launched, cut, 3)
+    launched = start(command)
+    wait_for_step(cut, stopped_at + 2, lambda: launched.poll() is None)
+    # This one tells its ranks one after the other, each once the one before has left: the first must be enough.
+    os.kill(child_of(launched.pid), signal.SIGTERM)
+    stopped_step(launched, cut, stopped_at + 2)
+    for run in (cut, whole):
+        run_on_ranks(train_here, 2, training_flags(store.path, run, **flags), timeout_s=300)
+    assert [row["loss"] for row in rows(cut)] == [row["loss"] for row in rows(whole)]
+
+
+def start(command: list[str]) -> subprocess.Popen:
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=program_environment(), **output)
+
+
+def child_of(process: int) -> int:
+    return int(Path(f"/proc/{process}/task/{process}/children").read_text().split()[0])
+
+
+def stopped_step(launched: subprocess.Popen, run: Path, first: int) -> int:
+    """The step after which the ranks have stopped, all of them, with that step saved and the documented code."""
     output = launched.communicate(timeout=60)[0]
     processes = [int(number) for number in re.findall(r"process (\d+) spawned with command", output)]
     assert len(processes) == 2
     assert all(ends(process, 30) for process in processes)
     assert f"exits with return code = {EXIT_STOPPED}" in output
     stopped_at = int(re.search(r"stopped after step (\d+), which is saved", output)[1])
-    assert 3 <= stopped_at < 24
-    assert [row["step"] for row in rows(cut)] == list(range(1, stopped_at + 1))
-    assert [folder.name for folder in (cut / "checkpoints").iterdir()] == [f"step_{stopped_at}"]
-    for run in (cut, whole):
-        run_on_ranks(train_here, 2, training_flags(store.path, run, **flags), timeout_s=300)
-    assert [row["loss"] for row in rows(cut)] == [row["loss"] for row in rows(whole)]
+    assert first <= stopped_at < NUM_STEPS
+    assert [row["step"] for row in rows(run)] == list(range(1, stopped_at + 1))
+    assert f"step_{stopped_at}" in [folder.name for folder in (run / "checkpoints").iterdir()]
+    return stopped_at
+
+
+def run_as_program(module: str, flags: list[str], log: Path) -> None:
+    os.environ.update(program_environment())
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    run_stoppable(importlib.import_module(module).main, flags)
+
+
+def stop_once(module: str, flags: list[str], log: Path, has_begun: Callable[[], bool]) -> None:
+    """Run the program, send it SIGTERM as soon as `has_begun`; it leaves with the documented code and word."""
+    process = multiprocessing.get_context("forkserver").Process(target=run_as_program, args=(module, flags, log))
+    process.start()
+    deadline = time.monotonic() + 120
+    while not has_begun():
+        assert process.is_alive(), log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(20)
+    assert process.exitcode == EXIT_STOPPED, log.read_text()
+    assert re.search(r"stopped \(SIGTERM.*\); what is done is kept, the same command goes on", log.read_text())
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    step = tmp_path_factory.mktemp("run") / "checkpoints" / "step_1"
+    step.mkdir(parents=True)
+    torch.manual_seed(0)
+    model, preprocess = build_model(ModelConfig(name="pocket-rn"))
+    save_model(step, "pocket-rn", model.state_dict(), preprocess)
+    (step / "manifest.json").write_text("{}")
+    return step.parent.parent
+
+
+def test_an_embedding_that_is_told_to_stop_keeps_its_blocks_and_goes_on(store, run_folder, tmp_path):
+    flags = ["--checkpoint", run_folder, "--store", store.path, "--device", "cpu", "--threads", 1, "--batch_size", 1]
+    flags, out = [str(flag) for flag in flags], tmp_path / "stopped"
+
+    def blocks() -> list[Path]:
+        return sorted(tmp_path.glob(".stopped.partial*/blocks/*"))
+
+    stop_once("train.embed", [*flags, "--out", str(out)], tmp_path / "log", lambda: len(blocks()) > 1)
+    done = {path: path.stat().st_mtime_ns for path in blocks()}
+    assert 2 <= len(done) < len(store)
+    assert not out.exists()
+    for name in ("stopped", "whole"):
+        embed_program([*flags, "--out", str(tmp_path / name)])
+    found, expected = (EmbeddingStore.open(tmp_path / name) for name in ("stopped", "whole"))
+    for name in ("image_ND", "text_ND", "alignment_N"):
+        assert np.array_equal(getattr(found, name), getattr(expected, name)), name
+
+
+def test_an_evaluation_that_is_told_to_stop_leaves_no_half_result_and_its_command_gives_the_whole(run_folder, tmp_path):
+    write_shards(tmp_path / "shapes", num_hues=24)
+    flags = ["--checkpoint", run_folder, "--data", tmp_path / "shapes", "--tasks", "retrieval", "--batch-size", 1]
+    flags = [str(flag) for flag in (*flags, "--device", "cpu", "--num-workers", 1)]
+    log, results = tmp_path / "log", {name: tmp_path / name / "shapes.json" for name in ("stopped", "whole")}
+    has_begun = lambda: log.exists() and re.search(r"[1-9]/96|[1-9]\d/96", log.read_text()) is not None  # noqa: E731
+    stop_once("train.evaluate.__main__", [*flags, "--out", str(results["stopped"])], log, has_begun)
+    assert not list(tmp_path.glob("stopped/*"))
+    for out in results.values():
+        evaluate_program([*flags, "--out", str(out)])
+    found, expected = (json.loads(out.read_text(encoding="utf-8"))["metrics"] for out in results.values())
+    assert found == expected
+    assert found["retrieval/txt/image_to_text_r1"]["count"] == 96
 
 
 def train_as_program(rank: int, world_size: int, folder: Path, flags: list[str]) -> None:
