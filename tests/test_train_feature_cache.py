@@ -1,6 +1,8 @@
 """Feature-cached steps: the weights of one big batch, whatever the micro-batch, the ZeRO stage and the number of ranks."""
 
 import json
+import os
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -133,29 +135,68 @@ def test_patch_dropout_is_replayed(world):
     assert all(torch.equal(one, other) for one, other in zip(first, replayed, strict=True))
 
 
-def saved_for_backward_mib(rank: int, world_size: int, folder: Path, micro: int) -> float:
-    """Most memory that autograd held at once for backward passes."""
-    held = {"now": 0, "most": 0}
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all tensors that operations have made inside and that are still there: now, and at the most."""
 
-    class Held:
-        def __init__(self, tensor: torch.Tensor) -> None:
-            self.tensor, self.size = tensor, tensor.numel() * tensor.element_size()
-            held["now"] += self.size
-            held["most"] = max(held["most"], held["now"])
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes, self.now, self.most = dict[int, int](), 0, 0
 
-        def __del__(self) -> None:
-            held["now"] -= self.size
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(results):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.forget, storage._cdata)
+        self.most = max(self.most, self.now)
+        return results
 
-    with torch.autograd.graph.saved_tensors_hooks(Held, lambda kept: kept.tensor):
-        train_run(rank, world_size, folder, f"memory-{micro}", 1, micro_batch_size=micro, batch_size=32, max_steps=1)
-    return held["most"] / 2**20
+    def forget(self, storage: int) -> None:
+        self.now -= self.sizes.pop(storage)
+
+
+def most_bytes_of_steps(rank: int, world_size: int, folder: Path, sizes: list[tuple[int, int]]) -> list[int]:
+    """Most bytes of tensors within one step of each (global batch, micro-batch)."""
+    from train.clip_library import open_clip
+    from train.config import ModelConfig, OptimConfig, TrainConfig
+    from train.data.loader import RankBatch
+    from train.distributed import Ranks
+    from train.engine import Engine
+    from train.model import TwoTowers, build_model
+    from train.step import train_step
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), DS_ACCELERATOR="cpu")
+    open_clip.add_model_config(folder)
+    ds_config, found = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 10**6}}, []
+    for batch_size, micro in sizes:
+        config = TrainConfig(model=ModelConfig("tiny-vit"), batch_size=batch_size, micro_batch_size=micro)
+        ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
+        towers = TwoTowers(*build_model(config.model))
+        engine = Engine(towers, ds_config, OptimConfig(), batch_size=batch_size, ranks=ranks)
+        pictures, texts = torch.zeros(batch_size, 3, 32, 32, dtype=torch.uint8), torch.ones(batch_size, 24).long()
+        batch = RankBatch(pictures, texts, torch.arange(batch_size), batch_size, 0)
+        # The optimizer makes its moments in the first step.
+        train_step(engine, config, batch, 1e-4)
+        with LiveBytes() as live:
+            train_step(engine, config, batch, 1e-4)
+        found.append(live.most)
+        engine.close()
+    return found
 
 
 @pytest.mark.slow
-def test_activations_are_those_of_one_micro_batch(world):
-    whole, cached = (run_on_ranks(saved_for_backward_mib, 1, world, micro)[0] for micro in (0, 4))
-    # An eighth of the rows; weights, which a graph holds once each, do not shrink with them.
-    assert cached < whole / 4
+def test_peak_memory_is_that_of_one_micro_batch_plus_features(world):
+    sizes = [(8, 0), (16, 0), (64, 8), (256, 8)]
+    (one, two, some, many), *_ = run_on_ranks(most_bytes_of_steps, 1, world, sizes)
+    # Of each row: two towers' 32 numbers, their gradients, some copies of both, the loss's numbers, a share of its chunk's random state.
+    features = 24 * 2 * 32 * 4
+    assert 0 < many - some < (256 - 64) * features
+    assert many - one < 256 * features
+    # And of each row whose activations are kept:
+    row = (two - one) / 8
+    assert row > 30 * features
 
 
 def batch_norm_steps(rank: int, world_size: int, folder: Path) -> int:
