@@ -58,7 +58,12 @@ def test_every_contender_trains_on_one_rank(tmp_path, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     made = ingest_bench.BenchConfig(num_pairs=24, pairs_per_shard=12, side=32)
     settings = {
-        **{"parts": ["memory", "tars"], "model": "pocket-rn", "ds_config": "ds_configs/cpu.json", "device": "cpu"},
+        **{
+            "parts": ["memory", "tars", "checkpoint"],
+            "model": "pocket-rn",
+            "ds_config": "ds_configs/cpu.json",
+            "device": "cpu",
+        },
         **{"threads": 1, "batch_size": 8, "steps": 2, "rounds": 1, "workers": 0},
         **{"folder": str(tmp_path), "shards": [str(ingest_bench.make_tars(tmp_path / "tars", made))]},
     }
@@ -70,6 +75,11 @@ def test_every_contender_trains_on_one_rank(tmp_path, monkeypatch):
         "tars": ["open_clip", "ours"],
     }
     assert all(rate > 0 for rates in found["rounds"].values() for rounds in rates.values() for rate in rounds)
+    saved = found["checkpoint"]
+    assert 0 < saved["stall_ms"] < saved["stall_ms"] + saved["write_ms"]
+    assert saved["stall_steps"] == pytest.approx(saved["stall_ms"] / saved["step_ms"])
+    # Weights and two moments of 2.8 million parameters, and little else.
+    assert saved["state_mib"] == pytest.approx(12 * 2_827_033 / 2**20, rel=0.02)
     for where in found["ours_ms_a_step"].values():
         parts = [ms for name, ms in where.items() if name not in ("step_ms", "slowest_data_wait_ms")]
         assert sum(parts) == pytest.approx(where["step_ms"], rel=0.05)

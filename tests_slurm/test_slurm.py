@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import time
 from pathlib import Path
 
@@ -110,12 +111,47 @@ def test_a_preempted_job_of_two_nodes_goes_on_by_requeue_to_the_end(site, store,
     assert (run / "export").is_dir()
 
 
+def test_the_timer_of_signal_stops_a_job_before_its_time_limit_and_it_goes_on(site, store, tmp_path):
+    run = tmp_path / "run"
+    flags = pretraining(store, run, max_steps=100_000, save_every_steps=100_000)
+    # Slurm looks at its timers every half minute: ranks hear it 30 to 60 seconds before the three minutes are over.
+    number = site.submit("pretrain", *flags, SBATCH_OPTIONS="--time=3", SIGNAL_SECONDS="30")
+    wait_for_step(site, number, run, 2)
+    ranks = ranks_of(site, run)
+    # Asleep, they cost the machine nothing until then; a signal waits for them to wake up.
+    site.cluster.run("kill", "-STOP", *ranks)
+    deadline = time.monotonic() + 240
+    while not any(has_waiting(pid, signal.SIGUSR1) for pid in ranks):
+        assert time.monotonic() < deadline, site.output(number)
+        time.sleep(0.5)
+    site.cluster.run("kill", "-CONT", *ranks, check=False)
+    first = int(site.waited_output(number, r"stopped after step (\d+), which is saved \(SIGUSR1 at rank"))
+    wait_for_step(site, number, run, first + 1)
+    assert site.cluster.job(number)["Restarts"] == "1"
+    assert f"checkpoints/step_{first}" in site.output(number)
+    site.cluster.run("scancel", number)
+    assert site.cluster.wait_for_state(number, ENDED)["JobState"] == "CANCELLED"
+
+
+def ranks_of(site: Site, run: Path) -> list[str]:
+    return site.cluster.run("pgrep", "-f", f"python -u train/main.py.*--out {run} ").stdout.split()
+
+
+def has_waiting(process: str, number: signal.Signals) -> bool:
+    """Has a stopped process been sent this signal? One that has left before it was stopped has, too."""
+    path = Path(f"/proc/{process}/status")
+    if not path.exists():
+        return True
+    status = path.read_text(encoding="utf-8")
+    masks = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith(("SigPnd", "ShdPnd"))]
+    return any(mask & 1 << (number - 1) for mask in masks)
+
+
 def test_a_task_that_is_killed_fails_the_job_within_seconds_and_is_named(site, store, tmp_path):
     run = tmp_path / "run"
     number = site.submit("pretrain", *pretraining(store, run, max_steps=1000))
     wait_for_step(site, number, run, 2)
-    pids = site.cluster.run("pgrep", "-f", f"python -u train/main.py.*--out {run} ").stdout.split()
-    victim = next(pid for pid in pids if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    victim = next(pid for pid in ranks_of(site, run) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
     began = time.monotonic()
     site.cluster.run("kill", "-KILL", victim)
     job = site.cluster.wait_for_state(number, ENDED, seconds=60)

@@ -21,6 +21,7 @@ DESCRIPTION = f"""Pairs a second of our trainer and of others, in turn, with med
   memory   against the bare loop: the same model, the same batches in memory, DistributedDataParallel, torch's
            fused AdamW
   tars     against open_clip_train's train_one_epoch: the same model, the same tars, its own data pipeline
+  checkpoint   ours alone: how long a step waits for a save's snapshot, and what the writing adds to the steps beside it
 
 With --recipes instead: what methods cost, passes through the towers, pairs a second and memory, beside CLIP's.
 
@@ -33,7 +34,7 @@ PEERS = {"memory": "bare_loop", "tars": "open_clip"}
 class BenchConfig:
     """Flags of `python -m train.bench`."""
 
-    parts: tuple[Literal["memory", "tars"], ...] = ("memory", "tars")
+    parts: tuple[Literal["memory", "tars", "checkpoint"], ...] = ("memory", "tars")
     """what to measure"""
     recipes: tuple[str, ...] = ()
     """measure these recipes instead, each with its own model, the first is what the others are compared with; all: the pocket recipe of
@@ -106,7 +107,8 @@ def measure(folder: Path, config: BenchConfig) -> dict[str, Any]:
     if any(codes):
         raise ValueError(f"ranks ended with exit codes {codes}; what they said is above")
     found = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    return make_report(found["rounds"], found["ours_ms_a_step"], config)
+    report = make_report(found["rounds"], found["ours_ms_a_step"], config)
+    return {**report, "checkpoint": found["checkpoint"]} if found["checkpoint"] else report
 
 
 def measure_costs(folder: Path, config: BenchConfig) -> dict[str, Any]:
@@ -164,6 +166,15 @@ def describe(report: dict[str, Any]) -> str:
             if name != "slowest_data_wait_ms"
         ]
         lines.append(f"  {'':8}our step, ms: {', '.join(spent)}")
+    if "checkpoint" in report:
+        found = report["checkpoint"]
+        lines.append(
+            f"  checkpoint of {found['state_mib']:,.0f} MiB: a step takes {found['step_ms']:.1f} ms, a save stops training for "
+            f"{found['stall_ms']:.1f} ms ({found['stall_steps']:.2f} steps)"
+        )
+        lines.append(
+            f"  {'':8}written in {found['write_ms']:,.0f} ms, adding {found['added_ms']:,.0f} ms to the {config['steps']} steps beside"
+        )
     return "\n".join(lines)
 
 

@@ -25,6 +25,7 @@ import torch
 # What a launcher of DeepSpeed does not say, and Streaming reads when it is imported.
 os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
 
+from train.bench.checkpoint_stall import measure_checkpoints
 from train.clip_library import open_clip
 from train.config import AugmentConfig, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from train.data.loader import RankBatch, step_loader
@@ -60,7 +61,7 @@ class Ours:
         torch.manual_seed(0)
         model, preprocess = build_model(self.config.model)
         self.towers, self.phases = TwoTowers(model, preprocess), supervisor.phases
-        self.image_size = image_size(preprocess.size)
+        self.preprocess, self.image_size = preprocess, image_size(preprocess.size)
         cost = step_cost(self.towers, self.image_size, ds_config, ranks.device) if ranks.is_main else None
         self.engine = Engine(
             self.towers, ds_config, OPTIM, batch_size=settings["batch_size"], ranks=ranks, phases=self.phases
@@ -212,12 +213,11 @@ def seconds_of(steps: Callable[[], Watched], device: torch.device) -> tuple[floa
     return time.perf_counter() - watched.first_s, watched.count
 
 
-def in_memory(settings: dict[str, Any], ranks: Ranks, ours: Ours, note: Callable[[str, float], None]) -> None:
-    """Ours against the bare loop on batches that are in memory; pairs/s of each round to `note`."""
+def batches_in_memory(settings: dict[str, Any], ranks: Ranks, ours: Ours) -> list[RankBatch]:
     rows = settings["batch_size"] // ranks.world_size
     length, vocabulary = ours.towers.clip.context_length, ours.towers.clip.vocab_size
     torch.manual_seed(ranks.rank)
-    batches = [
+    return [
         RankBatch(
             torch.randint(0, 256, (rows, 3, *ours.image_size), dtype=torch.uint8),
             torch.randint(1, vocabulary, (rows, length)),
@@ -227,6 +227,11 @@ def in_memory(settings: dict[str, Any], ranks: Ranks, ours: Ours, note: Callable
         )
         for _ in range(BATCHES_IN_MEMORY)
     ]
+
+
+def in_memory(settings: dict[str, Any], ranks: Ranks, ours: Ours, note: Callable[[str, float], None]) -> None:
+    """Ours against the bare loop on batches that are in memory; pairs/s of each round to `note`."""
+    batches = batches_in_memory(settings, ranks, ours)
     contenders = {"ours": ours, "bare_loop": Bare(settings, ranks)}
 
     def steps(name: str, count: int) -> Watched:
@@ -283,6 +288,20 @@ def from_tars(
                 note(name, settings["batch_size"] * count / seconds)
 
 
+def checkpoint_stall(settings: dict[str, Any], ranks: Ranks, ours: Ours, folder: Path) -> dict[str, float]:
+    batches = batches_in_memory(settings, ranks, ours)
+    return measure_checkpoints(
+        ours.engine,
+        lambda count: ours.run(iter([batches[number % len(batches)] for number in range(count)])),
+        model_name=settings["model"],
+        preprocess=ours.preprocess,
+        ranks=ranks,
+        folder=folder / "saved",
+        steps_a_round=settings["steps"],
+        rounds=settings["rounds"],
+    )
+
+
 def in_turn(names: Iterable[str], number: int) -> list[str]:
     """Every other round the other way about: nobody always runs on what another left in the caches."""
     return list(names)[:: 1 if number % 2 else -1]
@@ -292,6 +311,7 @@ def main(settings_path: str, result_path: str) -> None:
     settings = json.loads(Path(settings_path).read_text(encoding="utf-8"))
     rates: dict[str, dict[str, list[float]]] = {}
     where: dict[str, dict[str, float]] = {}
+    stall: dict[str, float] = {}
     with (
         connected(settings["device"]) as ranks,
         tempfile.TemporaryDirectory(prefix="train-bench-") as own,
@@ -302,6 +322,9 @@ def main(settings_path: str, result_path: str) -> None:
         (folder / "ours").mkdir(exist_ok=True)
         ours = Ours(settings, ranks, folder if ranks.is_main else Path(own), supervisor)
         for part in settings["parts"]:
+            if part == "checkpoint":
+                stall = checkpoint_stall(settings, ranks, ours, folder)
+                continue
             rates[part], ours.figures = {}, []
 
             def note(name: str, pairs_per_s: float, part: str = part) -> None:
@@ -318,7 +341,8 @@ def main(settings_path: str, result_path: str) -> None:
         barrier()
         ours.engine.close()
         if ranks.is_main:
-            Path(result_path).write_text(json.dumps({"rounds": rates, "ours_ms_a_step": where}), encoding="utf-8")
+            found = {"rounds": rates, "ours_ms_a_step": where, "checkpoint": stall}
+            Path(result_path).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
