@@ -246,8 +246,7 @@ def pocket():
     return model.eval(), preprocess
 
 
-@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-@pytest.mark.parametrize("name", ["pocket-rn", ModelConfig().name])
+@pytest.mark.parametrize(("suffix", "name"), [("pt", "pocket-rn"), ("safetensors", ModelConfig().name)])
 def test_an_open_clip_file_loads_by_name_or_by_its_shapes(tmp_path, pocket, suffix, name):
     path, state_dict = tmp_path / f"epoch_3.{suffix}", pocket[0].state_dict()
     if suffix == "pt":

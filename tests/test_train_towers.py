@@ -254,27 +254,23 @@ def test_adapters_train_alike_with_and_without_zero_and_resume(tmp_path, vit_jso
     assert (tmp_path / "run3" / "export" / "open_clip_model.safetensors").is_file()
 
 
-def test_compiled_blocks_give_the_same_and_keep_their_names(vit_json, tmp_path):
-    torch.save({"state_dict": published.slip()}, tmp_path / "slip.pt")
-    for chosen in ({"name": vit_json}, {"pretrained": str(tmp_path / "slip.pt")}):
-        model, preprocess = build_model(ModelConfig(**chosen))
-        names = list(model.state_dict())
-        images, tokens = (
-            torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8),
-            torch.randint(1, 8000, (2, model.context_length)),
-        )
-        towers, gradients = TwoTowers(model, preprocess), []
-        for compiled in (False, True):
-            if compiled:
-                assert compile_blocks(model, "cpu", backend="aot_eager") == (6 if "name" in chosen else 4)
-            image_BD, text_BD, _ = towers(images, tokens)
-            with attention_for(images.device):
-                gradients.append(
-                    torch.autograd.grad((image_BD * text_BD).sum(), [p for p in model.parameters() if p.ndim > 1])
-                )
-        for plain, other in zip(*gradients, strict=True):
-            torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-6)
-        assert list(model.state_dict()) == names
+def test_compiled_blocks_give_the_same_and_keep_their_names(tmp_path):
+    torch.save({"state_dict": published.slip(layers=1)}, tmp_path / "slip.pt")
+    model, preprocess = build_model(ModelConfig(pretrained=str(tmp_path / "slip.pt")))
+    names, towers, gradients = list(model.state_dict()), TwoTowers(model, preprocess), []
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    tokens = torch.randint(1, 8000, (2, model.context_length))
+    for compiled in (False, True):
+        if compiled:
+            assert compile_blocks(model, "cpu", backend="aot_eager") == 1 + 2
+        image_BD, text_BD, _ = towers(images, tokens)
+        with attention_for(images.device):
+            gradients.append(
+                torch.autograd.grad((image_BD * text_BD).sum(), [p for p in model.parameters() if p.ndim > 1])
+            )
+    for plain, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-6)
+    assert list(model.state_dict()) == names
 
 
 def test_what_can_not_be_compiled_is_named():
