@@ -110,7 +110,7 @@ def test_recipes_are_compared_with_the_first_by_their_medians():
 def test_all_recipes_are_one_of_each_method_behind_clips():
     assert chosen_recipes(["all"]) == ALL
     objectives = [RECIPES[name]().get("objective", ObjectiveConfig()).name for name in ALL]
-    assert objectives == ["clip", "clip", "slip", "cl2l", "siamlip", "byolip", "barlip", "swalip"]
+    assert objectives == ["clip", "clip", "slip", "cl2l", "siamlip", "byolip", "barlip", "swalip", "declip"]
     assert RECIPES[ALL[1]]()["loss"].kind == "sigmoid"
 
 
