@@ -14,9 +14,18 @@ from train.data.words.synonyms import Synonyms, english_synonyms
 def test_synonyms_are_those_of_wordnet():
     # WordNet 3.0, "car": {car, auto, automobile, machine, motorcar}, {car, railcar, railway car, railroad car}, {car, gondola},
     # {car, elevator car}, {cable car, car}.
-    expected = (
-        ["auto", "automobile", "machine", "motorcar", "railcar", "railway_car", "railroad_car", "gondola", "elevator_car", "cable_car"]
-    )
+    expected = [
+        "auto",
+        "automobile",
+        "machine",
+        "motorcar",
+        "railcar",
+        "railway_car",
+        "railroad_car",
+        "gondola",
+        "elevator_car",
+        "cable_car",
+    ]
     assert english_synonyms().of("car") == tuple(sorted(word.replace("_", " ") for word in expected))
     # No synonym of its own in WordNet, and no word.
     assert english_synonyms().of("xyzzy") == english_synonyms().of("\u732b") == english_synonyms().of("") == ()

@@ -48,9 +48,7 @@ def test_another_objective_leaves_them(folder):
 
 def test_heads_of_other_widths_are_refused_with_the_remedy(folder):
     wider = replace(ROCKET, head_width=16)
-    with pytest.raises(
-        ValueError, match=r"bn1.bias has shape \[8\] there, \[16\] here; give the --objective flags of"
-    ):
+    with pytest.raises(ValueError, match=r"bn1.bias has shape \[8\] there, \[16\] here; give the --objective flags of"):
         take_over_heads(str(folder), objective_of(wider, 1), wider)
 
 
