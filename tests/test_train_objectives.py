@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "byolip": {"num_strong_views": 3},
     "barlip": {"num_strong_views": 1},
     "swalip": {"strong_label_smoothing": 0.0},
-    "declip": {"num_strong_views": 1},
+    "declip": {"num_strong_views": 1, "mlm_weight": 0.0},
 }
 
 

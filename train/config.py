@@ -272,7 +272,7 @@ class ObjectiveConfig:
     name: ObjectiveName = "clip"
     """clip: the loss alone; slip: with SimCLR on two strong image views; cl2l: weak and strong views of both towers, each with own heads
     (CLIP-rocket); siamlip, byolip, barlip, swalip: cl2l with cross-modal SimSiam, BYOL, Barlow Twins, SwAV; declip: a second view of each
-    picture and text, a queue of near texts, and SimSiam between pictures (DeCLIP without its masked language model)"""
+    picture and text, a queue of near texts, SimSiam between pictures, and hidden words (DeCLIP)"""
     num_strong_views: int = 2
     """strong views of each pair, beside the weak one (of its picture alone for slip)"""
     ssl_weight: float = 1.0
@@ -317,6 +317,10 @@ class ObjectiveConfig:
     """declip: weight of the mean contrastive loss over the four pairs of views; ssl_weight is SimSiam's there (published: 0.2)"""
     nns_weight: float = 0.2
     """declip: weight of the contrastive loss with the nearest texts of the queue"""
+    mlm_weight: float = 0.2
+    """declip: weight of the masked language model on the weak texts; 0: none"""
+    mlm_probability: float = 0.15
+    """declip: share of the words that are hidden and guessed"""
     queue_length: int = 65536
     """declip: texts of all ranks in the queue"""
     declip_dim: int = 1024
@@ -351,7 +355,7 @@ class ObjectiveConfig:
             )
         if not self.mvs_weight > 0:
             raise ValueError(f"objective.mvs_weight={self.mvs_weight} must be positive")
-        for name in ("strong_label_smoothing", "text_dropout", "text_drop_path", "teacher_momentum"):
+        for name in ("strong_label_smoothing", "text_dropout", "text_drop_path", "teacher_momentum", "mlm_probability"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"objective.{name}={getattr(self, name)} must be from 0 to less than 1")
         for name in ("strong_temperature", "simclr_temperature", "sinkhorn_epsilon"):
@@ -361,7 +365,14 @@ class ObjectiveConfig:
             raise ValueError(
                 f"objective.strong_temperature={self.strong_temperature} must be at most 1: scales stay above 1"
             )
-        for name in ("ssl_weight", "barlow_scale", "barlow_off_diagonal", "swap_scale", "nns_weight"):
+        for name in (
+            "ssl_weight",
+            "barlow_scale",
+            "barlow_off_diagonal",
+            "swap_scale",
+            "nns_weight",
+            "mlm_weight",
+        ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"objective.{name}={getattr(self, name)} must be 0 or more")
         widths = (

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from train.augmentations import MOCO_V2_STRONG
 from train.config import (
     STRONG_AUGMENT,
     AugmentConfig,
@@ -155,7 +156,7 @@ TITLES = {
     "byolip": "BYOLIP: SiamLIP with an averaged teacher's targets",
     "barlip": "BarLIP: CLIP-rocket's loss and a cross-modal Barlow Twins",
     "swalip": "SwALIP: CLIP-rocket's loss and a swapped assignment within the batch",
-    "declip": "DeCLIP without its masked language model: two views of both, near texts from a queue, SimSiam on pictures",
+    "declip": "DeCLIP: two views of both, near texts from a queue, SimSiam on pictures, hidden words to guess",
 }
 # Name, passes of SLIP, steps of an epoch of 4096 pairs (3.3, 12.4 and 14.7 million), and what CLIP-rocket changes between data sets.
 DATA_SETS = {
@@ -221,6 +222,19 @@ def yfcc15m_rocket_vit_b16() -> dict[str, Any]:
     }
 
 
+def yfcc15m_declip_vit_b32() -> dict[str, Any]:
+    """DeCLIP: two views of both, near texts from a queue, SimSiam on pictures, hidden words to guess; ViT-B/32 on YFCC15M (needs GPUs)."""
+    return dict(
+        model=ModelConfig(name="ViT-B-32"),
+        augment=MOCO_V2_STRONG,
+        strong_augment=replace(MOCO_V2_STRONG, synonym_weight=1.0, swap_weight=1.0, delete_weight=1.0),
+        objective=objective_of("declip"),
+        optim=OptimConfig(lr=1e-3, wd=0.1, beta2=0.98, eps=1e-8, warmup=2500),
+        batch_size=4096,
+        max_steps=128_000,
+    )
+
+
 RECIPES: dict[str, Callable[[], dict[str, Any]]] = {
     "pocket-pretrain": pocket_pretrain,
     "pocket-refine": pocket_refine,
@@ -239,4 +253,5 @@ RECIPES: dict[str, Callable[[], dict[str, Any]]] = {
         if method not in ("slip", "declip")
     },
     "yfcc15m-rocket-vit-b16": yfcc15m_rocket_vit_b16,
+    "yfcc15m-declip-vit-b32": yfcc15m_declip_vit_b32,
 }

@@ -69,7 +69,7 @@ class Teacher:
             encoded = []
             for chunk in range(num_chunks):
                 rows = (tuple(view[chunk].to(self.device, non_blocking=True) for view in views) for views in pieces)
-                encoded.append(self.module(ENCODE, *rows)[:4])
+                encoded.append(self.module(ENCODE, *rows)[:5])
             whole = (
                 tuple(torch.cat(parts) for parts in zip(*field, strict=True)) for field in zip(*encoded, strict=True)
             )

@@ -10,6 +10,7 @@ import torch
 
 from train.clip_library import PreprocessCfg
 from train.config import ObjectiveConfig, TrainConfig
+from train.hidden_words import encode_and_guess
 from train.model import TwoTowers, attention_for
 from train.objectives import build_objective
 from train.objectives.objective import Encoded, Objective
@@ -50,22 +51,23 @@ class TowersAndHeads(TwoTowers):
         """
         if task == ENCODE:
             return self.encode(*inputs)
-        *encoded, teacher = self.encode(*inputs[:2])[:4] + inputs[2:] if task == WHOLE else inputs
+        *encoded, words, teacher = self.encode(*inputs[:2])[:5] + inputs[2:] if task == WHOLE else inputs
         scalars = self.scalars()
         # Not by a call: ZeRO-3's hooks would look for tensors in what is no tuple. Its parameters are gathered as the towers' own are.
-        outputs = self.objective.forward(Encoded(*encoded, scalars), teacher)
+        outputs = self.objective.forward(Encoded(*encoded, scalars, words), teacher)
         with torch.no_grad():
             scales = {name: self.objective.scale(name) for name in self.objective.temperatures}
         return (outputs, scalars, scales, *((encoded[0][0], encoded[1][0]) if task == WHOLE else ()))
 
-    def encode(self, images: Tensors, texts: Tensors) -> tuple[Tensors, Tensors, Tensors, Tensors, Tensors]:
+    def encode(self, images: Tensors, texts: Tensors) -> tuple[Tensors, ...]:
+        """Image and text features, their trunks, guessed words, scalars."""
         with attention_for(images[0].device):
             image_pairs = self._encode_images(images)
-            text_pairs = self._encode_texts(texts)
+            text_pairs, words = self._encode_texts(texts)
         (image, image_trunk), (text, text_trunk) = (
             tuple(zip(*pairs, strict=True)) for pairs in (image_pairs, text_pairs)
         )
-        return _unit(image), _unit(text), _float(image_trunk), _float(text_trunk), self.scalars()
+        return _unit(image), _unit(text), _float(image_trunk), _float(text_trunk), words, self.scalars()
 
     def scalars(self) -> Tensors:
         scale = self._exact("logit_scale").exp()
@@ -75,15 +77,21 @@ class TowersAndHeads(TwoTowers):
         together = self.images_at_once and len({image.shape[1:] for image in images}) == 1
         return _views_of(lambda rows: encode_image(self.clip, self._normalised(rows)), images, together=together)
 
-    def _encode_texts(self, texts: Tensors) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _encode_texts(self, texts: Tensors) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], Tensors]:
+        """Each view's features and trunk, and what was guessed of the weak view's hidden words."""
+
         def encoded(rows_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return encode_text(self.clip, rows_BL)
 
-        if not (self.text_dropout or self.text_drop_path) or len(texts) == 1:
-            return _views_of(encoded, texts, together=True)
-        weak = [encoded(texts[0])]
+        words: Tensors = ()
+        if self.objective.hidden_word_probability and self.objective.training:
+            weak, words = encode_and_guess(self.clip, self.objective, texts[0])
+        elif (self.text_dropout or self.text_drop_path) and len(texts) > 1:
+            weak = encoded(texts[0])
+        else:
+            return _views_of(encoded, texts, together=True), words
         with dropping(self.clip, self.text_dropout, self.text_drop_path):
-            return weak + _views_of(encoded, texts[1:], together=True)
+            return [weak, *_views_of(encoded, texts[1:], together=True)], words
 
 
 def _views_of(encode: Any, views: Tensors, *, together: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:

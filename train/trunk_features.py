@@ -64,8 +64,8 @@ def tower_widths(clip: torch.nn.Module) -> TowerWidths:
     text = _ends(text_ends)
     if text is None:
         raise ValueError(f"the text tower {type(tower).__name__} has no projection, which heads could sit in front of")
-    image = _ends(image_ends)
-    return TowerWidths(image[0] if image else text[1], text[0], text[1])
+    image, words = _ends(image_ends), getattr(tower, "token_embedding", None)
+    return TowerWidths(image[0] if image else text[1], text[0], text[1], words.num_embeddings if words else 0)
 
 
 def _ends(projection: torch.nn.Module | torch.Tensor | None) -> tuple[int, int] | None:

@@ -1,5 +1,5 @@
 """DeCLIP's parts on two views of each picture and each text: all four contrastive pairs (MVS), nearest texts of a queue in place of the own
-one (NNS), and SimSiam between the pictures. Its masked language model is not here: the objective sees no masked texts.
+one (NNS), SimSiam between the pictures, and a masked language model on the weak texts (MLM, train/hidden_words.py).
 
 The queue holds the texts of all ranks, the same on every rank; it is state, so a resumed run goes on with it. Source: Li et al. 2021
 (arXiv:2110.05208). Published: a queue for each rank, random again after a resume.
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import kernels
 from train.config import TrainConfig
-from train.distributed import mean_over_rows, rows_of_all_ranks
+from train.distributed import mean_over_rows, rows_of_all_ranks, summed_over_ranks
 from train.objectives.contrastive import softplus, view_loss, weak_loss
 from train.objectives.heads import Head
 from train.objectives.objective import Encoded, Objective, Outputs, Terms, TowerWidths
@@ -25,7 +25,7 @@ QUEUE_TILE = 8192
 
 
 class DeclipObjective(Objective):
-    """Loss: mvs_weight * MVS + nns_weight * NNS + ssl_weight * SimSiam; every term on the model's own embedding."""
+    """Loss: mvs_weight * MVS + nns_weight * NNS + ssl_weight * SimSiam + mlm_weight * MLM; all but MLM on the model's own embedding."""
 
     views = Views(1, 1)
 
@@ -35,6 +35,15 @@ class DeclipObjective(Objective):
         dim = settings.declip_dim
         self.projector = Head([widths.embedding, dim, dim, dim], last_norm=True)
         self.predictor = Head([dim, settings.declip_width, dim])
+        if settings.mlm_weight:
+            if not widths.vocabulary:
+                raise ValueError(
+                    f"objective.mlm_weight={settings.mlm_weight} needs a text tower of open_clip's own to hide words; make it 0"
+                )
+            self.hidden_word_probability = settings.mlm_probability
+            self.word_mask = torch.nn.Embedding(1, widths.text_trunk)
+            torch.nn.init.normal_(self.word_mask.weight, std=0.02)
+            self.text_label_predictor = torch.nn.Linear(widths.text_trunk, widths.vocabulary)
         self.register_buffer("text_queue", F.normalize(torch.randn(settings.queue_length, widths.embedding), dim=1))
         self.register_buffer("queue_place", torch.zeros((), dtype=torch.int64))
 
@@ -44,6 +53,8 @@ class DeclipObjective(Objective):
         for number, rows_BD in enumerate(encoded.image):
             outputs[f"projection_{number}"] = self.projector(rows_BD)
             outputs[f"prediction_{number}"] = self.predictor(outputs[f"projection_{number}"])
+        if encoded.guessed_words:
+            outputs["words_loss"], outputs["words_number"] = encoded.guessed_words
         return outputs
 
     def loss(
@@ -64,8 +75,11 @@ class DeclipObjective(Objective):
         nns = self._nearest_texts_loss(images, texts, scale, group)
         siam = self._simsiam(outputs, group)
         loss = weak.loss + share * sum(others) + settings.nns_weight * nns + settings.ssl_weight * siam
-        self._enqueue(texts, group)
         values = {"mvs_other_pairs": sum(others).detach() / 3, "nns": nns.detach(), "simsiam": siam.detach()}
+        if settings.mlm_weight:
+            mlm = mean_over_words(outputs["words_loss"], outputs["words_number"], group)
+            loss, values["mlm"] = loss + settings.mlm_weight * mlm, mlm.detach()
+        self._enqueue(texts, group)
         return Terms(loss, {**weak.values, **values, "loss": loss.detach()})
 
     def _nearest_texts_loss(
@@ -100,6 +114,13 @@ class DeclipObjective(Objective):
         rows_ND = torch.where(finite_N1, rows_ND.to(self.text_queue.dtype), self.text_queue[places_N])
         self.text_queue[places_N] = rows_ND
         self.queue_place.copy_((self.queue_place + len(rows_ND)) % length)
+
+
+def mean_over_words(loss_B: torch.Tensor, number_B: torch.Tensor, group: Any) -> torch.Tensor:
+    """Cross entropy of a hidden word of all ranks' texts, in nats, 0-d; 0 when none is hidden. Collective: every rank calls."""
+    own = torch.stack([loss_B.sum(), number_B.sum()])
+    total, number = summed_over_ranks(own, group, used_alike=True).unbind()
+    return total / number.detach().clamp(min=1)
 
 
 def nearest_rows(rows_BD: torch.Tensor, queue_QD: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,8 @@ class TowerWidths:
     image_trunk: int
     text_trunk: int
     embedding: int
+    vocabulary: int = 0
+    """tokens that the text tower knows; 0: it has no token embedding of open_clip's"""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Encoded:
     text_trunk: tuple[torch.Tensor, ...]
     scalars: tuple[torch.Tensor, ...]
     """the model's scale, exponentiated, [1]; and its bias [1] when it learns one"""
+    guessed_words: tuple[torch.Tensor, ...] = ()
+    """of an objective that hides words: sums over each row of the weak texts, cross entropy in nats [B] and number of hidden words [B]"""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Objective(torch.nn.Module):
     views: Views = Views()
     teacher_momentum: float | None = None
     """momentum of a teacher, an exponential average of towers and objective; None: there is none"""
+    hidden_word_probability: float = 0.0
+    """how many words of the weak texts are hidden and guessed (train/hidden_words.py)"""
     temperatures: tuple[str, ...] = ()
     """names of own parameters, float [1], that are logarithms of scales: kept between 0 and ln(optim.max_logit_scale) after each step"""
 
