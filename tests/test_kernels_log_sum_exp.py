@@ -127,3 +127,18 @@ def test_bad_input_is_refused():
             off_diagonal_log_sum_exp(*arguments)
     with pytest.raises(ValueError, match="backend='tiles'"):
         off_diagonal_log_sum_exp(x, None, scale, backend="tiles")
+
+
+def test_a_compiled_function_around_it_gives_the_same():
+    x_BD, y_BD = (F.normalize(torch.randn(5, 8), dim=1) for _ in range(2))
+
+    def twice_the_sum(rows_BD):
+        found = kernels.off_diagonal_log_sum_exp(2 * rows_BD / 2, y_BD, torch.tensor(5.0), backend="blockwise")
+        return 2 * (found.rows_B + found.columns_B).sum()
+
+    gradients = []
+    for function in (twice_the_sum, torch.compile(twice_the_sum, backend="aot_eager")):
+        leaf_BD = x_BD.clone().requires_grad_()
+        function(leaf_BD).backward()
+        gradients.append(leaf_BD.grad)
+    assert torch.equal(*gradients)

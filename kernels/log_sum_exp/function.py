@@ -44,7 +44,6 @@ class _Call:
         }
 
 
-@torch.compiler.disable
 @without_autocast
 def log_sum_exps(
     x_BD: Tensor, y_BD: Tensor | None, logit_scale: Tensor, options: Options, process_group
@@ -61,6 +60,10 @@ def log_sum_exps(
         rows_B = _OfItself.apply(x_BD, logit_scale, call)
         return rows_B, rows_B
     return _OfTwo.apply(x_BD, y_BD, logit_scale, call)
+
+
+# What torch.compiler.disable sets; calling it here would import the compiler, and Triton, with this module.
+log_sum_exps._torchdynamo_disable = True
 
 
 def _whole(x_BD: Tensor, y_BD: Tensor | None, logit_scale: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
