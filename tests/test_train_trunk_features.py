@@ -73,7 +73,7 @@ def test_a_text_towers_projection_of_the_trunk_is_its_feature(custom, pool):
 def test_widths_are_those_of_the_features(vision, side, custom):
     clip = clip_of(vision, custom=custom)
     (image, image_trunk), (text, text_trunk) = encode_image(clip, pictures(side)), encode_text(clip, tokens())
-    assert tower_widths(clip) == TowerWidths(image_trunk.shape[1], text_trunk.shape[1], image.shape[1])
+    assert tower_widths(clip) == TowerWidths(image_trunk.shape[1], text_trunk.shape[1], image.shape[1], 64)
     assert text.shape == image.shape
 
 
@@ -131,7 +131,8 @@ def test_views_in_one_pass_are_those_of_one_pass_each():
     towers = towers_of("cl2l")
     assert towers.images_at_once
     images, texts = views()
-    image, text, image_trunk, text_trunk, (scale,) = towers(ENCODE, images, texts)
+    image, text, image_trunk, text_trunk, no_words, (scale,) = towers(ENCODE, images, texts)
+    assert no_words == ()
     for number in range(3):
         alone = towers(ENCODE, images[number : number + 1], texts[number : number + 1])
         for together, single in zip((image, text, image_trunk, text_trunk), alone, strict=False):
