@@ -275,8 +275,11 @@ def test_compiled_blocks_give_the_same_and_keep_their_names(tmp_path):
 
 def test_what_can_not_be_compiled_is_named():
     with pytest.raises(ValueError, match="ZeRO stage 3"):
-        check_compiles(stage=3, config=ObjectiveConfig())
+        check_compiles(stage=3, precision="fp32", device_type="cuda", config=ObjectiveConfig())
     with pytest.raises(ValueError, match=r"objective.text_dropout"):
-        check_compiles(stage=1, config=ObjectiveConfig(text_dropout=0.1))
+        check_compiles(stage=1, precision="fp32", device_type="cpu", config=ObjectiveConfig(text_dropout=0.1))
+    with pytest.raises(ValueError, match="on a CPU goes with fp32 alone"):
+        check_compiles(stage=1, precision="torch_autocast", device_type="cpu", config=ObjectiveConfig())
+    check_compiles(stage=1, precision="torch_autocast", device_type="cuda", config=ObjectiveConfig())
     with pytest.raises(ValueError, match="finds no blocks"):
         compile_blocks(torch.nn.ModuleDict({"visual": torch.nn.Linear(1, 1)}), "cpu", backend="eager")

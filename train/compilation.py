@@ -35,8 +35,16 @@ def _holds(block: nn.Module, containers: list[nn.Module]) -> bool:
     return any(id(container) in inside for container in containers)
 
 
-def check_compiles(*, stage: int, config: ObjectiveConfig) -> None:
-    """Raises ValueError for what compiled blocks would not see: ZeRO-3's hooks in them, and an objective's on them."""
+def check_compiles(*, stage: int, precision: str, device_type: str, config: ObjectiveConfig) -> None:
+    """Raises ValueError for what compiled blocks would not see, ZeRO-3's hooks in them and an objective's on them, and where they are wrong.
+
+    precision: as train.ds_config.precision names it.
+    """
+    if device_type == "cpu" and precision != "fp32":
+        raise ValueError(
+            "--compile on a CPU goes with fp32 alone: under bfloat16 autocast torch 2.14's compiled backward gave an infinite gradient "
+            "where the plain one is finite; leave it out (it brings no speed on a CPU)"
+        )
     if stage == 3:
         raise ValueError(
             "--compile does not go with ZeRO stage 3, whose hooks fetch weights inside of blocks; take a JSON of a lower stage"
