@@ -36,7 +36,7 @@ def _holds(block: nn.Module, containers: list[nn.Module]) -> bool:
 
 
 def check_compiles(*, stage: int, precision: str, device_type: str, config: ObjectiveConfig) -> None:
-    """Raises ValueError for what compiled blocks would not see, ZeRO-3's hooks in them and an objective's on them, and where they are wrong.
+    """Raises ValueError for what compiled blocks would not see (ZeRO-3's hooks in them, an objective's on them), and where they are wrong.
 
     precision: as train.ds_config.precision names it.
     """
