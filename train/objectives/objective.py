@@ -6,6 +6,7 @@ In: the towers' features of every view (`Encoded`). Out of `forward`, which runs
 Shape letters: B rows of this rank, D embedding, W trunk width (a tower's features before its projection).
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +56,7 @@ class Terms:
     """every term by its name in metrics.jsonl, 0-d, detached"""
 
 
-class Objective(torch.nn.Module):
+class Objective(torch.nn.Module, ABC):
     """Base class. Heads and own temperatures are submodules and parameters, so they are in ZeRO, in checkpoints, and in the teacher."""
 
     views: Views = Views()
@@ -72,14 +73,15 @@ class Objective(torch.nn.Module):
         self.exact_scalars: dict[str, torch.Tensor] = {}
         """name -> float32 [1]: what a temperature stands for where its parameter is a copy rounded to 16 bit; set by the engine"""
 
+    @abstractmethod
     def forward(self, encoded: Encoded, teacher: Outputs | None) -> Outputs:
         """Heads, on the rows of this rank; runs inside the engine's forward, under its autocast, once for the whole batch.
 
         What the loss needs of own temperatures belongs into the outputs (`scale`), since ZeRO-3 takes parameters away afterwards. teacher:
         what this method gave for the teacher, without gradients; None in the teacher itself and without one. Collective: every rank calls.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(
         self,
         outputs: Outputs,
@@ -92,7 +94,6 @@ class Objective(torch.nn.Module):
         Its gradient by what a rank gave is the world size times the gradient of the global mean (train/loss.py), as the engine takes the
         mean over ranks. Collective: every rank calls.
         """
-        raise NotImplementedError
 
     def scale(self, name: str) -> torch.Tensor:
         """The exponential of the own temperature `name`, float32 [1], exact under 16-bit weights, too. To be called in `forward`."""
