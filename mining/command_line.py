@@ -19,7 +19,8 @@ import tyro
 USER_ERROR_EXIT_CODE = 2
 # The launcher looks at its processes once a second; on a machine that is short of cores rank 0 comes seconds later.
 LAUNCHER_GRACE_S = 10.0
-# Notes on an error of one of several ranks that talk to each other (train.supervisor): then exactly one of them says it, and at once.
+# Notes on an error of one of several ranks that talk to each other (train.supervision.supervisor): then exactly one of
+# them says it, and at once.
 FIRST_TO_FAIL = "the first rank that failed"
 NOT_FIRST = "another rank failed first"
 

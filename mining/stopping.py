@@ -1,7 +1,7 @@
 """How a program stops when it is told to: SIGTERM or SIGUSR1 (preemption by Slurm, a node that goes down), or a launcher that is gone.
 
 A thread hears of it at once, whatever the main thread waits for. Without more it ends the process with exit code 85: what a program has
-written by then is kept, and the same command goes on. `train.supervisor` puts a checkpoint before that.
+written by then is kept, and the same command goes on. `train.supervision.supervisor` puts a checkpoint before that.
 """
 
 import contextlib

@@ -6,7 +6,14 @@ from multiprocessing import forkserver
 import pytest
 
 # What the children of tests and of ingest import, a second to five for each otherwise.
-PRELOADED = ["torch", "torch.distributed", "mining.mds", "mining.search", "train.ingest.worker", "train.clip_library"]
+PRELOADED = [
+    "torch",
+    "torch.distributed",
+    "mining.mds",
+    "mining.search",
+    "train.ingest.worker",
+    "train.models.clip_library",
+]
 
 
 def pytest_configure(config: pytest.Config) -> None:

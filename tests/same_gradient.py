@@ -106,8 +106,8 @@ class Cell:
 
 def tiny_model(cell: Cell) -> torch.nn.Module:
     """The same weights in every process."""
-    from train.clip_library import open_clip
-    from train.model import fit_scalars
+    from train.models.clip_library import open_clip
+    from train.models.model import fit_scalars
 
     torch.manual_seed(3)
     vision = {**TINY["vision_cfg"], "patch_dropout": 0.5 if cell.dropout else 0.0}
@@ -230,7 +230,7 @@ def plain_features(
 
 
 def pixels(image_GCHW: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    from train.clip_library import PreprocessCfg
+    from train.models.clip_library import PreprocessCfg
 
     mean, std = (
         torch.tensor(v, dtype=dtype).view(1, 3, 1, 1) * 255 for v in (PreprocessCfg().mean, PreprocessCfg().std)
@@ -240,12 +240,12 @@ def pixels(image_GCHW: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def engine_steps(rank: int, world_size: int, cell: Cell) -> dict[str, dict[str, torch.Tensor]]:
     """The same of this rank's engine, all of its weights and moments; collective."""
-    from train.clip_library import PreprocessCfg
     from train.data.loader import RankBatch
     from train.distributed import Ranks
     from train.engine import Engine
     from train.loop import train_step
-    from train.model import TwoTowers
+    from train.models.clip_library import PreprocessCfg
+    from train.models.model import TwoTowers
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), DS_ACCELERATOR="cpu")
     ranks = Ranks(rank, world_size, rank, torch.device("cpu"))

@@ -60,8 +60,8 @@ def run_rank(rank: int, port: int, folder: str, flags: list[str], log: str) -> N
     import torch
 
     from train import loop
-    from train.clip_library import open_clip
     from train.main import main
+    from train.models.clip_library import open_clip
 
     torch.set_num_threads(1)
     open_clip.add_model_config(Path(folder))

@@ -11,7 +11,7 @@ from train.bench.__main__ import BenchConfig, describe, main, make_report, part_
 from train.bench.recipe_cost import ALL, chosen_recipes, compared, describe_recipes
 from train.config import ModelConfig, ObjectiveConfig
 from train.ingest import bench as ingest_bench
-from train.model import build_model
+from train.models.model import build_model
 from train.recipes import RECIPES
 
 

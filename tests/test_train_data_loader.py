@@ -11,7 +11,7 @@ from PIL import Image
 from tests.tiny_world import drawing, tiny_store, tiny_table
 from train.data.augment import AugmentConfig
 from train.data.loader import DataConfig, StepDataset, step_loader
-from train.model import build_tokenizer
+from train.models.model import build_tokenizer
 
 
 @pytest.fixture(scope="module")

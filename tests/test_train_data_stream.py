@@ -29,8 +29,8 @@ from train.data.tar_scan import SAMPLE
 from train.data.tar_stream import MAX_UNDECODABLE_IN_A_ROW, TarStream
 from train.ingest.samples import reason_category
 from train.main import main, parse_config
-from train.model import build_tokenizer
-from train.same_run import check_same_data
+from train.models.model import build_tokenizer
+from train.records.same_run import check_same_data
 
 # Uneven on purpose, one empty, fewer than ranks times workers.
 SHARD_SIZES = (23, 0, 41)

@@ -20,7 +20,7 @@ from train.data.loader import StepDataset, step_loader
 from train.data.pair_store import PairStore
 from train.data.shard_index import build_index, local_tars
 from train.data.tar_stream import TarStream
-from train.model import build_tokenizer
+from train.models.model import build_tokenizer
 from train.views import WEAK_ONLY, Views
 
 SIZE, SEED, BATCH_SIZE = (48, 64), 3, 16

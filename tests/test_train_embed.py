@@ -13,7 +13,7 @@ from tests.tiny_world import deepspeed, program, python, tiny_store, write_shard
 from train.distributed import connected
 from train.embed import EmbedConfig
 from train.embedding import embed
-from train.model import ModelConfig, build_model, load_model, save_model
+from train.models.model import ModelConfig, build_model, load_model, save_model
 
 
 @pytest.fixture(scope="module")

@@ -119,12 +119,12 @@ def test_there_is_a_configuration_for_each_regime():
 
 def losses_of_steps(rank: int, world_size: int, stems: list[str], torch_adam: bool) -> dict[str, list[float]]:
     """The losses of 20 steps on one batch under each JSON; torch_adam: without the AdamW that DeepSpeed compiles for offload."""
-    from train.clip_library import PreprocessCfg
     from train.data.loader import RankBatch
     from train.distributed import Ranks
     from train.engine import Engine
     from train.loop import train_step
-    from train.model import TwoTowers
+    from train.models.clip_library import PreprocessCfg
+    from train.models.model import TwoTowers
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), DS_ACCELERATOR="cpu")
     ranks, optim = Ranks(rank, world_size, rank, torch.device("cpu")), OptimConfig(lr=1e-3, warmup=0)

@@ -23,7 +23,7 @@ from train.evaluate.cache import encode_with_cache
 from train.evaluate.data import Sample, Source
 from train.evaluate.features import EncodedSet, Encoder, encode_source
 from train.evaluate.suite import LinearProbe, Retrieval, Suite, ZeroShot, expand_templates, read_suite
-from train.model import LoadedModel, ModelConfig, build_model, load_model, save_model
+from train.models.model import LoadedModel, ModelConfig, build_model, load_model, save_model
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 40, 230), "white": (250, 250, 250)}
 ROOT = Path(__file__).parent.parent

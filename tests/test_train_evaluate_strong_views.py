@@ -14,10 +14,10 @@ from tests.tar_shards import sample, write_tar
 from tests.tiny_world import SHAPES, drawing
 from train.config import ObjectiveConfig, TrainConfig
 from train.evaluate.__main__ import main
-from train.model import LoadedModel, ModelConfig, build_model, load_model, save_model
-from train.objective_files import save_objective
+from train.models.model import LoadedModel, ModelConfig, build_model, load_model, save_model
+from train.models.trunk_features import encode_image, encode_text, tower_widths
 from train.objectives import build_objective
-from train.trunk_features import encode_image, encode_text, tower_widths
+from train.objectives.files import save_objective
 
 NUM_PICTURES = 24
 PROMPTS = ("a {}", "{} on white")

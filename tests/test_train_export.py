@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from tests import published_weights as published
 from tests.tiny_world import TINY_VIT
-from train.architecture import remember_architecture
 from train.config import ModelConfig
 from train.export import main
-from train.model import build_model, load_model, resolve, save_model
+from train.models.architecture import remember_architecture
+from train.models.model import build_model, load_model, resolve, save_model
 
 CAPTIONS = ["a red square", "Two dogs, in the SNOW; it's cold & wet", "word " * 60]
 
@@ -158,8 +158,8 @@ def test_plain_open_clip_loads_a_vit_that_timm_has_no_name_for(slip_export, monk
 
 
 def test_published_heads_start_an_objective(slip_export):
+    from train.models.published_heads import take_over_published_heads
     from train.objectives.heads import Head
-    from train.published_heads import take_over_published_heads
 
     class Objective(torch.nn.Module):
         def __init__(self, width):

@@ -68,8 +68,8 @@ def train_run(
     rank: int, world_size: int, folder: Path, name: str, stage: int, **flags: object
 ) -> dict[str, torch.Tensor]:
     """Two steps in this process of an existing group; the weights."""
-    from train.clip_library import open_clip
-    from train.model import load_model
+    from train.models.clip_library import open_clip
+    from train.models.model import load_model
 
     open_clip.add_model_config(folder)
     settings = {"model__name": "tiny-vit", "max_steps": 2, "threads": 1, **flags}
@@ -159,12 +159,12 @@ class LiveBytes(TorchDispatchMode):
 
 def most_bytes_of_steps(rank: int, world_size: int, folder: Path, sizes: list[tuple[int, int]]) -> list[int]:
     """Most bytes of tensors within one step of each (global batch, micro-batch)."""
-    from train.clip_library import open_clip
     from train.config import ModelConfig, OptimConfig, TrainConfig
     from train.data.loader import RankBatch
     from train.distributed import Ranks
     from train.engine import Engine
-    from train.model import TwoTowers, build_model
+    from train.models.clip_library import open_clip
+    from train.models.model import TwoTowers, build_model
     from train.step import train_step
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), DS_ACCELERATOR="cpu")

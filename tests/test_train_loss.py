@@ -19,8 +19,8 @@ def world(tmp_path_factory):
 
 
 def sigmoid_runs(rank, world_size, folder):
-    from train.clip_library import open_clip
-    from train.model import load_model
+    from train.models.clip_library import open_clip
+    from train.models.model import load_model
 
     open_clip.add_model_config(folder)
     flags = {"model__name": "tiny-vit", "loss__kind": "sigmoid", "max_steps": 3, "optim__warmup": 0, "threads": 1}
@@ -35,7 +35,7 @@ def sigmoid_runs(rank, world_size, folder):
 
 @pytest.mark.slow
 def test_a_sigmoid_run_learns_a_bias_that_plain_open_clip_loads(world):
-    from train.clip_library import open_clip
+    from train.models.clip_library import open_clip
 
     found = run_on_ranks(sigmoid_runs, 1, world)[0]
     rows = [json.loads(line) for line in (world / "run" / "metrics.jsonl").read_text().splitlines()]

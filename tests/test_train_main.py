@@ -22,7 +22,7 @@ from tests.tiny_world import (
 from train.data.augment import AugmentConfig
 from train.data.loader import DataConfig, StepDataset
 from train.main import parse_config
-from train.model import ModelConfig, TwoTowers, build_model, build_tokenizer, load_model
+from train.models.model import ModelConfig, TwoTowers, build_model, build_tokenizer, load_model
 from train.recipes import RECIPES
 from train.schedule import OptimConfig, learning_rate, parameter_groups
 

@@ -55,7 +55,7 @@ def world(tmp_path_factory):
 
 
 def train_method(rank: int, world_size: int, world: Path, method: str, out: str, regime: str, **more: object) -> None:
-    from train.clip_library import open_clip
+    from train.models.clip_library import open_clip
 
     open_clip.add_model_config(world)
     flags = training_flags(world / "store", world / out, world / f"{regime}.json", **{**FLAGS, **more})
@@ -80,7 +80,7 @@ def train_methods(rank: int, world_size: int, world: Path) -> None:
 
 def refine_methods(rank: int, world_size: int, world: Path) -> list[str]:
     """Two steps of HELIP on what each method made, and BYOLIP on another stage than before; what the logs say."""
-    from train.metrics import MetricsLog
+    from train.records.metrics import MetricsLog
 
     said, original = [], MetricsLog.say
 
@@ -213,8 +213,8 @@ def test_every_recipe_has_values_that_go_together():
 
 def test_a_methods_settings_come_back_from_config_json():
     from train.main import parse_config
+    from train.records.same_run import to_json
     from train.reproduce import config_from_json
-    from train.same_run import to_json
 
     config = parse_config("pocket-byolip", list(training_flags("store", "run", objective__text_dropout=0.1)))
     assert config.objective.text_dropout == 0.1
@@ -223,7 +223,7 @@ def test_a_methods_settings_come_back_from_config_json():
 
 def test_doctor_and_plan_count_the_heads_and_the_passes():
     from train.doctor.training import model
-    from train.plan import model_size, plan_rank
+    from train.planning.plan import model_size, plan_rank
 
     config = TrainConfig(**RECIPES["pocket-byolip"](), device="cpu")
     plain = TrainConfig(**RECIPES["pocket-pretrain"](), device="cpu")
@@ -244,10 +244,10 @@ def test_doctor_and_plan_count_the_heads_and_the_passes():
 
 
 def test_counted_flop_are_those_of_every_view_and_of_the_teachers_forward():
-    from train.clip_library import PreprocessCfg, open_clip
-    from train.flops import flop_of_a_pair
-    from train.model import TwoTowers
-    from train.towers_and_heads import build_towers
+    from train.models.clip_library import PreprocessCfg, open_clip
+    from train.models.model import TwoTowers
+    from train.objectives.towers_and_heads import build_towers
+    from train.planning.flops import flop_of_a_pair
 
     clip = open_clip.model.CLIP(**TINY_VIT, nonscalar_logit_scale=True)
     one = flop_of_a_pair(TwoTowers(clip, PreprocessCfg(size=32)), (32, 32), 24)

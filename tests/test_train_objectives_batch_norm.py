@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.ranks import run_on_ranks
+from train.models.running_statistics import kept_running_statistics
 from train.objectives.batch_norm import BatchNormOverRanks
-from train.running_statistics import kept_running_statistics
 
 COUNTS = {1: [7], 2: [2, 5], 3: [3, 0, 4]}
 WIDTH = 3

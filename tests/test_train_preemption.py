@@ -23,8 +23,8 @@ from tests.test_mining_stopping import ends
 from tests.tiny_world import ROOT, deepspeed, program_environment, tiny_store, train_here, training_flags, write_shards
 from train.embed import main as embed_program
 from train.evaluate.__main__ import main as evaluate_program
-from train.model import ModelConfig, build_model, save_model
-from train.watchdog import EXIT_HANG
+from train.models.model import ModelConfig, build_model, save_model
+from train.supervision.watchdog import EXIT_HANG
 
 NUM_STEPS = 36
 

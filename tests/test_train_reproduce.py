@@ -12,8 +12,8 @@ import pytest
 from tests.ranks import run_on_ranks
 from tests.tiny_world import program_environment, tiny_store, train_here, training_flags
 from train.config import AugmentConfig, TrainConfig
+from train.records.run_manifest import ROOT, code_state, command, package_versions, read_starts
 from train.reproduce import compare, config_from_json, differences, main, read_manifest
-from train.run_manifest import ROOT, code_state, command, package_versions, read_starts
 
 
 @pytest.fixture(scope="module")

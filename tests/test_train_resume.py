@@ -57,8 +57,8 @@ def losses(run: Path) -> list[float]:
 def train_in_turn(rank: int, world_size: int, world: Path, plan: list[dict]) -> list[dict[int, list[int]]]:
     """The trainings of `plan` one after the other in this process; for each, this rank's pair ids by step."""
     from train import loop
-    from train.clip_library import open_clip
     from train.distributed import barrier
+    from train.models.clip_library import open_clip
 
     open_clip.add_model_config(world)
     original, ids = loop.train_step, []

@@ -48,8 +48,8 @@ def used_and_master(
     """For each stage and step the scale that forward used and the fp32 master before it; fails when the clamp reads a number."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    from train.clip_library import open_clip
     from train.engine import Engine
+    from train.models.clip_library import open_clip
 
     open_clip.add_model_config(folder)
     original, clamp, found = Engine.forward, Engine._clamp_log_scales, {}

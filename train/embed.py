@@ -58,8 +58,8 @@ def main(arguments: Sequence[str]) -> None:
     # Imported here: torch and open_clip take seconds, which a mistake in a flag need not wait for.
     from train.distributed import connected
     from train.embedding import embed
-    from train.phases import Phases
-    from train.supervisor import supervised
+    from train.supervision.phases import Phases
+    from train.supervision.supervisor import supervised
 
     with connected(config.device) as ranks, supervised(ranks, Phases(), config.hang_timeout_s, saves=False) as watched:
         embed(config, store, ranks, watched.phases)

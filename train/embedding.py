@@ -23,8 +23,8 @@ from mining.stopping import end_with_parent
 from train.data.pair_store import PairStore
 from train.distributed import Ranks, barrier
 from train.embed import EmbedConfig
-from train.model import LoadedModel, attention_for, load_model
-from train.phases import Phases
+from train.models.model import LoadedModel, attention_for, load_model
+from train.supervision.phases import Phases
 
 ROWS_COPIED = 65536
 PAIRS_COMPARED = 32

@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+from train.checkpoints.random_state import random_state
+from train.checkpoints.tensor_files import PieceFiles, piece_key
+from train.checkpoints.training_state import BUFFER, WEIGHT, Moments, TrainingState, own_range, tensor_shapes
 from train.config import OptimConfig
 from train.distributed import Ranks
 from train.ds_config import check_regime, offload_device, precision
-from train.model import SCALARS, attention_for
-from train.phases import BACKWARD, FORWARD, STEP, Phases, book_reductions
-from train.random_state import random_state
+from train.models.model import SCALARS, attention_for
+from train.objectives.teacher import Teacher
 from train.schedule import parameter_groups
-from train.teacher import Teacher
-from train.tensor_files import PieceFiles, piece_key
-from train.training_state import BUFFER, WEIGHT, Moments, TrainingState, own_range, tensor_shapes
+from train.supervision.phases import BACKWARD, FORWARD, STEP, Phases, book_reductions
 
 
 def check_zero_section(path: str | Path, ds_config: dict[str, Any]) -> None:

@@ -56,7 +56,7 @@ def export(config: ExportConfig) -> str:
     """
     # Imported here: torch and open_clip take seconds, which a mistake in a flag need not wait for.
     from mining.manifest import commit_folder
-    from train.model import save_model
+    from train.models.model import save_model
 
     out = Path(config.out)
     temporary = out.with_name(f".{out.name}.tmp")
@@ -79,7 +79,7 @@ def export(config: ExportConfig) -> str:
 def _source(config: ExportConfig) -> tuple:
     """Name, state dict and preprocessing of what is exported."""
     from train.config import ModelConfig
-    from train.model import build_model, resolve
+    from train.models.model import build_model, resolve
 
     wanted = config.model_name or ModelConfig().name
     started = resolve(ModelConfig(name=wanted, pretrained=config.checkpoint))
@@ -89,10 +89,10 @@ def _source(config: ExportConfig) -> tuple:
 
 def _write_heads(folder: Path, checkpoint: str, name: str) -> list[str]:
     """Names of the files with what open_clip has no place for: an objective's, or published heads by their own names."""
-    from train.model_folder import checkpoint_folder
-    from train.objective_files import OBJECTIVE_FILES
-    from train.published_heads import PUBLISHED_HEADS, heads_of
-    from train.tensor_files import write_tensors
+    from train.checkpoints.tensor_files import write_tensors
+    from train.models.folder import checkpoint_folder
+    from train.models.published_heads import PUBLISHED_HEADS, heads_of
+    from train.objectives.files import OBJECTIVE_FILES
 
     written = []
     if Path(checkpoint).is_dir():
@@ -109,7 +109,7 @@ def _write_heads(folder: Path, checkpoint: str, name: str) -> list[str]:
 
 def _write_open_clip(folder: Path, model_config: dict, name: str) -> str:
     """NAME.json, and the Python file that timm needs for a ViT that it has no name for."""
-    from train.timm_vit import geometry_of, registration_source
+    from train.models.timm_vit import geometry_of, registration_source
 
     # open_clip cuts file names at their last dot, and takes slashes for dashes.
     name = name.replace("/", "-").replace(".", "-")
@@ -122,8 +122,8 @@ def _write_open_clip(folder: Path, model_config: dict, name: str) -> str:
 
 def _write_hugging_face(folder: Path, wanted: str, model_config: dict, state_dict, preprocess) -> str:
     """Returns why there is no such folder; "" when there is one, or none was asked for."""
-    from train.architecture import tokenizer_of
-    from train.huggingface import not_a_clip_model, write_folder
+    from train.models.architecture import tokenizer_of
+    from train.models.huggingface import not_a_clip_model, write_folder
 
     reasons = not_a_clip_model(model_config, preprocess, state_dict)
     if wanted == "open-clip" or (wanted == "auto" and reasons):
@@ -136,8 +136,8 @@ def _write_hugging_face(folder: Path, wanted: str, model_config: dict, state_dic
 
 def _how_to_load(out: Path, name: str, model_config: dict, preprocess, refused: str, *, heads: list[str]) -> str:
     """README.md of the folder: the lines that load each form, to be run in it."""
-    from train.architecture import has_own_merges
-    from train.timm_vit import geometry_of
+    from train.models.architecture import has_own_merges
+    from train.models.timm_vit import geometry_of
 
     timm_name = model_config["vision_cfg"].get("timm_model_name") or ""
     first = f"import {timm_name}  # timm has no name for this ViT\n" if geometry_of(timm_name) else ""

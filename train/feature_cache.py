@@ -16,7 +16,7 @@ import torch
 from train.data.loader import RankBatch
 from train.engine import Engine
 from train.loss import BatchGradients
-from train.running_statistics import kept_running_statistics
+from train.models.running_statistics import kept_running_statistics
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from train.run_manifest import ROOT
+from train.records.run_manifest import ROOT
 
 
 def start_ranks(

@@ -10,19 +10,19 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from train.checkpoint import step_folder
+from train.checkpoints.checkpoint import step_folder
 from train.config import TrainConfig
 from train.data.loader import RankBatch, StepDataset, step_loader
 from train.data.tar_stream import TarStream
 from train.distributed import Ranks, barrier
 from train.engine import Engine
-from train.model import MODEL_FILES, SCALARS
-from train.objective_files import OBJECTIVE_FILES
-from train.phases import CHECKPOINT, DATA, LOGGING, Phases
+from train.models.model import MODEL_FILES, SCALARS
+from train.objectives.files import OBJECTIVE_FILES
 from train.run_setup import RunParts, set_up
 from train.schedule import learning_rate
 from train.step import StepOutcome, train_step
-from train.supervisor import Stopped, Supervisor, supervised
+from train.supervision.phases import CHECKPOINT, DATA, LOGGING, Phases
+from train.supervision.supervisor import Stopped, Supervisor, supervised
 
 
 def train(config: TrainConfig, recipe: str, ranks: Ranks, stop_after: int = 0) -> Path:

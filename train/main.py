@@ -85,7 +85,7 @@ def plan(recipe: str, arguments: Sequence[str]) -> None:
         config = replace(config, data=replace(config.data, store="(none)"))
     config.check()
     ds_config = read_ds_config(config.ds_config)
-    from train.plan_table import print_plan
+    from train.planning.table import print_plan
 
     print_plan(replace(config, data=command.data), recipe, ds_config, command.plan_world_size)
 

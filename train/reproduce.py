@@ -27,7 +27,7 @@ from mining.command_line import parse, run
 from mining.manifest import MANIFEST_NAME
 from train.config import TrainConfig
 from train.ds_config import LEARNING_KEYS, read_ds_config
-from train.run_manifest import CONFIG_NAME, code_state, package_versions, read_starts
+from train.records.run_manifest import CONFIG_NAME, code_state, package_versions, read_starts
 
 PROGRAM = "python -m train.reproduce"
 DESCRIPTION = f"""Compare a run's code, packages and data with today's, then train it again from its recorded settings.

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 
-from train.checkpoint import CheckpointSaver, find_checkpoint, restore, saved_steps
-from train.clip_library import PreprocessCfg
-from train.compilation import check_compiles, compile_blocks
+from train.checkpoints.checkpoint import CheckpointSaver, find_checkpoint, restore, saved_steps
+from train.checkpoints.random_state import seed_generators, seed_random_state
 from train.config import TrainConfig
 from train.data.loader import StepDataset
 from train.data.replaced import ReplacedPictures
@@ -19,19 +18,20 @@ from train.data.tar_stream import TarStream
 from train.distributed import Ranks, barrier
 from train.ds_config import precision, read_ds_config, zero_stage
 from train.engine import Engine, check_zero_section
-from train.flops import step_cost
-from train.metrics import MetricsLog, StepClock
-from train.model import TwoTowers, build_model, build_tokenizer, no_words, resolve
-from train.objective_files import take_over_heads
-from train.phases import Phases
-from train.published_heads import take_over_published_heads
-from train.random_state import seed_generators, seed_random_state
-from train.run_manifest import write_run_manifest
-from train.same_run import check_same_data, check_same_run
-from train.skipped import SkippedSteps
-from train.teacher import Teacher
-from train.towers_and_heads import build_towers, has_teacher
-from train.view_size import check_view_size
+from train.models.clip_library import PreprocessCfg
+from train.models.compilation import check_compiles, compile_blocks
+from train.models.model import TwoTowers, build_model, build_tokenizer, no_words, resolve
+from train.models.published_heads import take_over_published_heads
+from train.models.view_size import check_view_size
+from train.objectives.files import take_over_heads
+from train.objectives.teacher import Teacher
+from train.objectives.towers_and_heads import build_towers, has_teacher
+from train.planning.flops import step_cost
+from train.records.metrics import MetricsLog, StepClock
+from train.records.run_manifest import write_run_manifest
+from train.records.same_run import check_same_data, check_same_run
+from train.supervision.phases import Phases
+from train.supervision.skipped import SkippedSteps
 from train.views import Views
 
 

@@ -1,7 +1,7 @@
 """One training step: forward, loss over all ranks' rows, backward, optimizer step.
 
 In: the engine and this rank's rows. Out: `StepOutcome`. CLIP takes its features' gradients from `kernels` when features are cached; what
-other objectives do differently is in train/objective_step.py.
+other objectives do differently is in train/objectives/step.py.
 """
 
 import math
@@ -14,9 +14,9 @@ from train.data.loader import RankBatch
 from train.engine import Engine
 from train.feature_cache import encode_in_chunks, replay_and_step
 from train.loss import Terms, batch_gradients, batch_loss, term_values
-from train.objective_step import cached_step, one_if_finite, whole_step
 from train.objectives.objective import Terms as ObjectiveTerms
-from train.phases import LOSS
+from train.objectives.step import cached_step, one_if_finite, whole_step
+from train.supervision.phases import LOSS
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from train.checkpoint import CheckpointSaver, rank_file, step_folder
-from train.clip_library import PreprocessCfg
+from train.checkpoints.checkpoint import CheckpointSaver, rank_file, step_folder
 from train.distributed import Ranks, barrier, max_over_ranks
 from train.engine import Engine
+from train.models.clip_library import PreprocessCfg
 
 
 def measure_checkpoints(

@@ -26,7 +26,6 @@ import torch
 os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
 
 from train.bench.checkpoint_stall import measure_checkpoints
-from train.clip_library import open_clip
 from train.config import AugmentConfig, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from train.data.loader import RankBatch, step_loader
 from train.data.peers import open_clip_data, open_clip_train_one_epoch
@@ -35,14 +34,15 @@ from train.data.tar_stream import TarStream
 from train.distributed import Ranks, barrier, connected
 from train.ds_config import read_ds_config
 from train.engine import Engine
-from train.flops import step_cost, training_dtype
 from train.loop import measurements, timed, train_step
-from train.metrics import MetricsLog, StepClock
-from train.model import TwoTowers, build_model, build_tokenizer
-from train.phases import LOGGING, Phases
+from train.models.clip_library import open_clip
+from train.models.model import TwoTowers, build_model, build_tokenizer
+from train.planning.flops import step_cost, training_dtype
+from train.records.metrics import MetricsLog, StepClock
 from train.schedule import learning_rate, parameter_groups
-from train.skipped import SkippedSteps
-from train.supervisor import Supervisor, supervised
+from train.supervision.phases import LOGGING, Phases
+from train.supervision.skipped import SkippedSteps
+from train.supervision.supervisor import Supervisor, supervised
 
 LOG_EVERY = 10
 HANG_TIMEOUT_S = 900.0

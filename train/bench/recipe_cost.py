@@ -156,9 +156,9 @@ class _Trainer:
 
         from train.ds_config import read_ds_config
         from train.engine import Engine
-        from train.model import build_model
-        from train.teacher import Teacher
-        from train.towers_and_heads import build_towers, forward_passes, has_teacher
+        from train.models.model import build_model
+        from train.objectives.teacher import Teacher
+        from train.objectives.towers_and_heads import build_towers, forward_passes, has_teacher
 
         self.config, self.device = config, ranks.device
         self.before = _resident_bytes()

@@ -28,7 +28,6 @@ from typing import Any
 import torch
 
 from mining.command_line import parse, run
-from train.clip_library import open_clip
 from train.config import AugmentConfig, DataConfig
 from train.data.augment import augment_picture
 from train.data.loader import StepDataset, step_loader
@@ -36,7 +35,8 @@ from train.data.peers import open_clip_data
 from train.data.shard_index import ShardIndex, build_index, local_tars
 from train.data.tar_stream import TarStream
 from train.ingest import bench as ingest_bench
-from train.model import architecture, build_tokenizer
+from train.models.clip_library import open_clip
+from train.models.model import architecture, build_tokenizer
 
 PROGRAM = "python -m train.data.bench"
 DESCRIPTION = (

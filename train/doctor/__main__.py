@@ -98,7 +98,7 @@ def examine(config: TrainConfig, ranks: int, *, with_settings: bool, show: Calla
 
 def in_flight(config: TrainConfig, ranks: int) -> int:
     """Bytes of batches between workers and ranks, with the picture size of the model where it is known."""
-    from train.model import architecture
+    from train.models.model import architecture
 
     side, length = IMAGE_SIDE, CONTEXT_LENGTH
     try:

@@ -12,7 +12,7 @@ from ctypes.util import find_library
 from pathlib import Path
 
 from train.doctor.finding import Finding, broken, ok, warning
-from train.run_manifest import ROOT, installed_version
+from train.records.run_manifest import ROOT, installed_version
 
 # What a launcher tells a process; left over in a shell, a program started by hand would wait for peers that never come.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

@@ -58,8 +58,8 @@ def model(config: TrainConfig) -> tuple[list[Finding], int]:
     """Parameters that DeepSpeed's start-up broadcast can't take, by building the model; and how many parameters a checkpoint has."""
     import torch
 
-    from train.model import build_model
-    from train.towers_and_heads import build_towers, forward_passes, has_teacher
+    from train.models.model import build_model
+    from train.objectives.towers_and_heads import build_towers, forward_passes, has_teacher
 
     try:
         built = build_towers(*build_model(config.model), config)

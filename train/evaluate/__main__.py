@@ -24,7 +24,7 @@ from train.evaluate.suite import (
     read_suite,
     task_type_of,
 )
-from train.model import load_model
+from train.models.model import load_model
 
 PROGRAM = "python -m train.evaluate"
 DESCRIPTION = """Zero-shot classification, retrieval and linear probe of a checkpoint, with standard errors.

@@ -14,7 +14,7 @@ import torch
 from mining.manifest import fingerprint, write_json_atomically
 from train.evaluate.data import Source
 from train.evaluate.features import EncodedSet, Encoder, encode_source
-from train.model import CONFIG_FILE
+from train.models.model import CONFIG_FILE
 
 CACHE_VERSION = 1
 

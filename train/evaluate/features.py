@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train.evaluate.data import Sample, Source
-from train.model import LoadedModel, attention_for
+from train.models.model import LoadedModel, attention_for
 
 
 @dataclass(frozen=True)

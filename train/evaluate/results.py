@@ -13,11 +13,11 @@ import sklearn
 import torch
 
 from mining.manifest import write_json_atomically
-from train.clip_library import open_clip
 from train.evaluate.features import Encoder
 from train.evaluate.measure import Evaluation
 from train.evaluate.strong_views import INTERPOLATION, WEIGHTS
 from train.evaluate.suite import Suite
+from train.models.clip_library import open_clip
 
 STEP_PREFIX = "step_"
 

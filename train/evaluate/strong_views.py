@@ -1,6 +1,6 @@
 """Inference with CLIP-rocket's two embeddings: w * weak similarity + (1 - w) * strong similarity, for every w from 0.1 to 0.9.
 
-In: a checkpoint whose folder holds the heads of such an objective (train/objective_files.py). Out: the same metrics for each w. Unit rows
+In: a checkpoint whose folder holds the heads of such an objective (train/objectives/files.py). Out: the same metrics for each w. Unit rows
 (sqrt(w) * weak, sqrt(1 - w) * strong) have just these similarities, so every task is measured as it is on one embedding.
 Source: Fini et al. 2023 (arXiv:2305.08675); its code logs these weights and does not say which one the tables have.
 
@@ -20,11 +20,11 @@ from torch import Tensor
 from train.config import ObjectiveConfig, TrainConfig
 from train.evaluate.features import Encoder
 from train.evaluate.ranking import Measurement
-from train.model import LoadedModel
-from train.objective_files import HEADS_FILE, SETTINGS_FILE
+from train.models.model import LoadedModel
+from train.models.trunk_features import encode_image, encode_text, tower_widths
 from train.objectives import build_objective
 from train.objectives.cl2l import Cl2lObjective
-from train.trunk_features import encode_image, encode_text, tower_widths
+from train.objectives.files import HEADS_FILE, SETTINGS_FILE
 
 # What a task's details call the metrics by weight.
 INTERPOLATION = "interpolation"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from train.clip_library import open_clip
+from train.models.clip_library import open_clip
 
 FORMATS = "webdataset, imagefolder, torchvision:NAME"
 # The label that the data set itself assigns: WebDataset's .cls member, ImageFolder's folder, torchvision's target.

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.clip_library import open_clip
 from train.evaluate.data import CLASS_NAMES_FILE
 from train.evaluate.features import EncodedSet, Encoder, checked, inference, progress_bar
 from train.evaluate.ranking import Measurement, class_means, has_unequal_classes, hit_rate, ranks_in_blocks
 from train.evaluate.strong_views import by_weight, interpolated, strong_texts
 from train.evaluate.suite import DATASET_LABEL, ZeroShot, expand_templates
+from train.models.clip_library import open_clip
 
 TOP_K = (1, 5)
 # Rows [D] by (templates, class name): several tasks of a suite ask for the same names.

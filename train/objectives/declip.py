@@ -1,5 +1,5 @@
 """DeCLIP's parts on two views of each picture and each text: all four contrastive pairs (MVS), nearest texts of a queue in place of the own
-one (NNS), SimSiam between the pictures, and a masked language model on the weak texts (MLM, train/hidden_words.py).
+one (NNS), SimSiam between the pictures, and a masked language model on the weak texts (MLM, train/objectives/hidden_words.py).
 
 The queue holds the texts of all ranks, the same on every rank; it is state, so a resumed run goes on with it. Source: Li et al. 2021
 (arXiv:2110.05208). Published: a queue for each rank, random again after a resume.

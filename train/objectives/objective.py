@@ -63,7 +63,7 @@ class Objective(torch.nn.Module, ABC):
     teacher_momentum: float | None = None
     """momentum of a teacher, an exponential average of towers and objective; None: there is none"""
     hidden_word_probability: float = 0.0
-    """how many words of the weak texts are hidden and guessed (train/hidden_words.py)"""
+    """how many words of the weak texts are hidden and guessed (train/objectives/hidden_words.py)"""
     temperatures: tuple[str, ...] = ()
     """names of own parameters, float [1], that are logarithms of scales: kept between 0 and ln(optim.max_logit_scale) after each step"""
 

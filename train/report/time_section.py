@@ -1,7 +1,7 @@
 """Where a step's time went: for each run one bar of its parts, and the same as numbers.
 
-In: the `*_ms` fields of metrics.jsonl (train/phases.py says what each part is). Medians over the logged rows, so that a slow first report
-or a disturbed one moves nothing.
+In: the `*_ms` fields of metrics.jsonl (train/supervision/phases.py says what each part is). Medians over the logged rows,
+so that a slow first report or a disturbed one moves nothing.
 """
 
 import html
