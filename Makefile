@@ -24,7 +24,7 @@ else
 endif
 
 test: install
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 # The whole matrix of ways to one gradient, of which `make test` takes a part, and DeepSpeed's AdamW compiled for offload: half an hour on two cores.
 test-full: install
