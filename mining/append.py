@@ -8,6 +8,7 @@ Shape letters: M pairs of the old table, N of the store now, Q queries of one bl
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -40,6 +41,14 @@ class AppendSearch:
         self.name = f"append, {searcher.name}"
         self.queries_together = searcher.queries_together
         self.num_products = 0
+
+    @property
+    def tell(self) -> Callable[[float], None]:
+        return self.searcher.tell
+
+    @tell.setter
+    def tell(self, listener: Callable[[float], None]) -> None:
+        self.searcher.tell = listener
 
     def search(self, query_ids_Q: np.ndarray) -> TopK:
         """Hard pairs of the pairs `query_ids_Q` (int64 [Q]) among all pairs, to the last bit that is stored."""

@@ -91,6 +91,9 @@ def make_backend(
     choice: BackendChoice, problem: SearchProblem, device: torch.device, folder: Path, *, show_progress: bool = False
 ) -> SearchBackend:
     """The backend, ready to search on `device`. `folder`: where an inverted index lies on disk, for all ranks."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        # Triton launches, and pinned memory belongs to, the current GPU, which is the first one in every process.
+        torch.cuda.set_device(device)
     if choice.helip_compat:
         return HelipSearch(problem, subset=choice.helip_subset, seed=choice.seed, device=device)
     if choice.backend == "reference":

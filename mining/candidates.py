@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from mining.duplicates import Entries, ExclusionCount, GroupLookup, entries_above, exclude
-from mining.problem import SearchBackend, SearchProblem, TopK
+from mining.problem import SearchBackend, SearchProblem, TopK, nobody_listens
 from mining.rows import BaseStream, read_rows
 from mining.similarity import (
     FLOAT32_ROUNDING,
@@ -67,6 +67,7 @@ class CandidateSearch:
         }
         # For the curious and for tests.
         self.num_rerun = 0
+        self.tell = nobody_listens
 
     def search(self, query_ids_Q: np.ndarray) -> TopK:
         """Hard pairs of the pairs `query_ids_Q` (int64 [Q]); a row that is not certified may lack some."""
@@ -102,6 +103,7 @@ class CandidateSearch:
                 rows = np.flatnonzero(open_Q & (length_Q == length))
                 weight_R = weight_Q[rows]
                 certified_Q[rows] = self._search_lists(ids_Q, rows, weight_R, int(length), barred, state)
+                self.tell(float(certified_Q.mean()))
             weight_Q[open_Q] = own_weight(state, open_Q)
             if attempt:
                 length_Q[open_Q & ~certified_Q] *= 2

@@ -18,7 +18,7 @@ from kernels import product_topk
 from mining.candidates import certified, group_lookups, own_weight, search_exactly
 from mining.clusters import Clusters
 from mining.duplicates import ExclusionCount, exclude
-from mining.problem import CAUSES, NO_PAIR, SearchBackend, SearchProblem, TopK
+from mining.problem import CAUSES, NO_PAIR, SearchBackend, SearchProblem, TopK, nobody_listens
 from mining.rows import read_rows
 from mining.top_k import RunningTopK
 
@@ -64,6 +64,7 @@ class ClusterSearch:
         self.nprobe = min(nprobe, len(clusters))
         self.device = torch.device(device)
         self.groups = group_lookups(problem)
+        self.tell = nobody_listens
         # In float64, so that hardly an order of summation shows in the choice of clusters.
         image_dim = problem.image_ND.shape[1]
         self.centroids = [
@@ -96,13 +97,15 @@ class ClusterSearch:
         weight_Q = np.ones(len(ids_Q))
         first = int(np.ceil(FIRST_SHARE * self.nprobe))
         on_device = [torch.from_numpy(rows_QD).to(self.device) for rows_QD in towers]
-        for number in (first, self.nprobe - first):
+        for before, number in ((0, first), (first, self.nprobe - first)):
             chosen_QL = self._chosen(towers, weight_Q, number, looked_at_QL, state.threshold_Q)
             # Cluster by cluster: each is read once for all of its queries.
-            for cluster in np.flatnonzero(chosen_QL.any(axis=0)):
+            read = np.flatnonzero(chosen_QL.any(axis=0))
+            for place, cluster in enumerate(read, start=1):
                 rows = np.flatnonzero(chosen_QL[:, cluster])
                 for ids_B, *base in self.clusters.parts(cluster):
                     self._offer(ids_Q, rows, on_device, ids_B, base, state, excluded)
+                self.tell((before + number * place / len(read)) / self.nprobe)
             looked_at_QL |= chosen_QL
             weight_Q = own_weight(state, slice(None))
         return looked_at_QL

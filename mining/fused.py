@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import product_topk
-from mining.problem import NO_PAIR, SearchProblem, TopK
+from mining.problem import NO_PAIR, SearchProblem, TopK, nobody_listens
 from mining.rows import BaseBlock, BaseStream, read_rows
 
 # Queries that one pass over the base serves: the more, the less a block's reading and preparing costs.
@@ -31,6 +31,7 @@ class FusedSearch:
         self.device = torch.device(device)
         self.stream = BaseStream(problem, self.device, block_rows=block_rows)
         self.queries_together = CPU_QUERIES if self.device.type == "cpu" else GPU_QUERIES
+        self.tell = nobody_listens
 
     def search(self, query_ids_Q: np.ndarray, *, base: slice | None = None, known: TopK | None = None) -> TopK:
         """Hard pairs of the pairs `query_ids_Q` (int64 [Q]) among all pairs; queries without an embedding get none.
@@ -45,6 +46,7 @@ class FusedSearch:
             state.start_from(known.of_queries(live_Q))
         for block in self.stream.blocks(base) if live_Q.any() else ():
             state.add(self._search_block(queries, block, state.floor_Q), block.start)
+            self.tell(self.stream.share_passed(block, base))
         return state.answer().spread(live_Q)
 
     def _search_block(self, queries: "Queries", block: BaseBlock, floor_Q: Tensor) -> TopK:

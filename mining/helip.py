@@ -13,7 +13,7 @@ Shape letters: Q queries, B base rows of a tile, K neighbours, C subset.
 import numpy as np
 import torch
 
-from mining.problem import NO_PAIR, SearchProblem, TopK
+from mining.problem import NO_PAIR, SearchProblem, TopK, nobody_listens
 from mining.similarity import exact_tile, load_rows
 
 IMAGE_CUT, TEXT_CUT, TEXT_SELF_CUT = 0.98, 0.98, 0.995
@@ -30,6 +30,7 @@ class HelipSearch:
     def __init__(self, problem: SearchProblem, *, subset: int, seed: int, device: torch.device):
         self.problem, self.subset, self.seed, self.device = problem, subset, seed, device
         self._drawn: tuple[int, np.ndarray] | None = None
+        self.tell = nobody_listens
 
     def search(self, query_ids_Q: np.ndarray) -> TopK:
         """The k best by the released score of the pairs `query_ids_Q` (int64 [Q], ascending)."""
@@ -70,6 +71,7 @@ class HelipSearch:
             # Stable: ties by the lower id, as the tiles ascend.
             order_QK = columns[0].sort(dim=1, descending=True, stable=True).indices[:, :k]
             ids_QK, *columns = (values.gather(1, order_QK) for values in (ids_QK, *columns))
+            self.tell((start + len(tile_ids)) / len(base_ids))
         absent_QK = columns[0] == -torch.inf
         answer = (ids_QK.masked_fill(absent_QK, NO_PAIR), *(column.masked_fill(absent_QK, 0) for column in columns[1:]))
         fills = (NO_PAIR, 0.0, 0.0)

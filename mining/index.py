@@ -19,6 +19,8 @@ import faiss
 from mining.problem import SearchProblem
 from mining.rows import BaseBlock, BaseStream
 
+# The longest list that faiss selects on a GPU.
+LONGEST_GPU_LIST = 2048
 # Of the base at a time, in float32.
 BLOCK_ROWS = 32768
 
@@ -51,7 +53,7 @@ class FlatLists:
 
     def _block(self, query_QE: np.ndarray, base_BE: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         length, metric = min(length, len(base_BE)), faiss.METRIC_INNER_PRODUCT
-        if self.resources is None:
+        if self.resources is None or length > LONGEST_GPU_LIST:
             return faiss.knn(query_QE, base_BE, length, metric=metric)
         return faiss.knn_gpu(self.resources, query_QE, base_BE, length, metric=metric, device=self.device.index)
 

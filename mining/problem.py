@@ -3,6 +3,7 @@
 Shape letters: N pairs, Q queries of one block, D embedding width, K neighbours, C causes of exclusion.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Protocol
 
@@ -101,14 +102,20 @@ class TopK:
         return whole
 
 
+def nobody_listens(share: float) -> None:
+    pass
+
+
 class SearchBackend(Protocol):
     """A way to answer a SearchProblem; every backend returns the same ids and cosines for rows that it certifies.
 
-    queries_together: how many queries one pass over the base serves well.
+    queries_together: how many queries one pass over the base serves well. tell: called with the share in [0, 1] of a search's work
+    that is done, now and then.
     """
 
     name: str
     queries_together: int
+    tell: Callable[[float], None]
 
     def search(self, query_ids_Q: np.ndarray) -> TopK:
         """Hard pairs of the pairs `query_ids_Q` (int64, any order) among all pairs of the problem."""

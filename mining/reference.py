@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mining.duplicates import ExclusionCount, exclude, find_in_tile
-from mining.problem import SearchProblem, TopK
+from mining.problem import SearchProblem, TopK, nobody_listens
 from mining.rows import BaseStream
 from mining.similarity import (
     SPARSE_SHARE,
@@ -39,6 +39,7 @@ class ReferenceSearch:
             raise ValueError(f"base_block={base_block}, but a tile needs at least 1 row")
         self.problem = problem
         self.stream = BaseStream(problem, torch.device("cpu"), block_rows=base_block)
+        self.tell = nobody_listens
 
     def search(self, query_ids_Q: np.ndarray, *, base: slice | None = None, known: TopK | None = None) -> TopK:
         """Hard pairs of the pairs `query_ids_Q` (int64 [Q]) among all pairs; queries without an embedding get none.
@@ -55,6 +56,7 @@ class ReferenceSearch:
         query = (load_rows(problem.image_ND, live_ids_Q), load_rows(problem.text_ND, live_ids_Q))
         for block in self.stream.blocks(base) if len(live_ids_Q) else ():
             search_tile(problem, live_ids_Q, block.rows, query, (block.image_BD, block.text_BD), state, excluded)
+            self.tell(self.stream.share_passed(block, base))
         return top_k(state, excluded).spread(live_Q)
 
 

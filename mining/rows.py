@@ -108,6 +108,11 @@ class BaseStream:
         for array in self._arrays:
             drop_pages(array)
 
+    def share_passed(self, block: BaseBlock, within: slice | None = None) -> float:
+        """Of the pairs of `within`, those up to the end of `block`."""
+        first, last, _ = (within or slice(None)).indices(len(self.problem))
+        return (block.rows.stop - first) / (last - first)
+
     def _mapped_block(self, start: int, stop: int, following: tuple[int, int]) -> BaseBlock:
         """The rows where they are: pages that are read anyway need no copy. Those of earlier blocks are dropped."""
         for array in self._arrays:

@@ -276,6 +276,7 @@ def run_job(
             searcher = AppendSearch(job.problem, searcher, job.old)
         block = block or searcher.queries_together
         share = Share(writer, meeting, queries, block, partial(job.rows, searcher))
+        searcher.tell = share.show_within_block
         with share.progress(f"search ({searcher.name})", show=show_progress):
             share.search_own()
             share.search_abandoned()

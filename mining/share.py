@@ -31,6 +31,7 @@ class Share:
         self.queries = queries
         self.ranges = [(start, min(start + block, queries.stop)) for start in range(queries.start, queries.stop, block)]
         self.bar: tqdm | None = None
+        self.num_in_work = 0
 
     @contextmanager
     def progress(self, name: str, *, show: bool) -> Iterator[None]:
@@ -43,6 +44,8 @@ class Share:
             unit_scale=True,
             dynamic_ncols=True,
             mininterval=0.5,
+            # A block of a large base takes minutes: how often to look must not be learned from the first ones.
+            miniters=0,
             disable=not show,
         ) as self.bar:
             yield
@@ -79,6 +82,7 @@ class Share:
             self._search(*self.ranges[abandoned[place.rank % len(abandoned)]])
 
     def _search(self, start: int, stop: int) -> None:
+        self.num_in_work = stop - start
         rows = self.search_rows(np.arange(start, stop))
         if self.meeting.place.world_size > 1 and self.writer.refresh()[start:stop].all():
             # Taken over by two ranks, and the other was faster.
@@ -89,9 +93,14 @@ class Share:
     def _num_done(self) -> int:
         return int(self.writer.rows_done[self.queries.start : self.queries.stop].sum())
 
-    def _show(self) -> None:
-        if self.bar is not None:
-            self.bar.update(self._num_done() - self.bar.n)
+    def show_within_block(self, share: float) -> None:
+        """The bar inside a block, of which this share is searched; nothing of it is committed yet."""
+        self._show(int(share * self.num_in_work))
+
+    def _show(self, ahead: int = 0) -> None:
+        # Never back: an interrupted pass, or one of several over the same queries, says less than the one before.
+        if self.bar is not None and (more := self._num_done() + ahead - self.bar.n) > 0:
+            self.bar.update(more)
 
     def _tell_of(self, ranks: list[int]) -> None:
         place = self.meeting.place

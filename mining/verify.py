@@ -202,8 +202,9 @@ class Checker:
                 first = wrong[0]
                 mistakes[f"{name} cosine"] = f"place {first} holds {stored_K[first]:.6g}, exact is {exact_K[first]:.6g}"
         score_K = np.maximum(image_K, 0.0) * np.maximum(text_K, 0.0)
-        if (np.diff(score_K[:num_listed]) > 0).any():
-            mistakes["order"] = f"scores {score_K[:num_listed].tolist()} do not descend"
+        if len(rises := np.flatnonzero(np.diff(score_K[:num_listed]) > 0)):
+            place = rises[0]
+            mistakes["order"] = f"place {place} scores {score_K[place]:.6g}, the next one {score_K[place + 1]:.6g}"
         self._compare_best(row, listed_K, score_K, expected, number, mistakes, report)
         return mistakes
 

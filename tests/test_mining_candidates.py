@@ -1,11 +1,12 @@
 """Search by candidates through faiss: the exact answer where a row is certified, bounds that really bound what was not seen."""
 
+import faiss
 import numpy as np
 import pytest
 import torch
 
 from mining import EmbeddingStore
-from mining.backends import BackendChoice
+from mining.backends import BackendChoice, make_backend
 from mining.candidates import LONGEST_LIST, CandidateSearch, certified, unseen_bound
 from mining.index import FlatLists
 from mining.problem import SearchLimits, SearchProblem
@@ -159,6 +160,45 @@ def test_gpu_that_is_not_there_is_an_error_for_the_fused_search_too(tmp_path, mo
     store = random_store(tmp_path / "store", 30)
     with pytest.raises(ValueError, match="device='cuda' was asked for, but torch sees no CUDA device here"):
         search_pairs(store, tmp_path / "p", SearchLimits(k=3), choice=BackendChoice(device="cuda"))
+
+
+def test_lists_of_a_gpu_are_asked_for_as_faiss_takes_them_and_longer_ones_on_the_cpu(tmp_path, monkeypatch):
+    """No GPU here: in its place the CPU's search with the arguments that faiss's own wrapper for a GPU knows, and its limits."""
+    asked = []
+
+    def knn_gpu(res, xq, xb, k, D=None, I=None, metric=faiss.METRIC_L2, device=-1):  # noqa: E741
+        assert res == "resources" and metric == faiss.METRIC_INNER_PRODUCT and device == 1
+        assert all(rows.dtype == np.float32 and rows.flags.c_contiguous for rows in (xq, xb))
+        assert k <= 2048, "a GPU selects no more"
+        asked.append(k)
+        return faiss.knn(xq, xb, k, metric=metric)
+
+    monkeypatch.setattr(faiss, "StandardGpuResources", lambda: "resources")
+    monkeypatch.setattr(faiss, "knn_gpu", knn_gpu)
+    # Half of the pairs share one caption: only a list of all pairs has seen what lies behind them.
+    caption_N = np.concatenate([np.zeros(1100, np.int64), np.arange(1, 1201)])
+    towers = [random_rows(2300, 8, seed, offset=0.4).astype(np.float32) for seed in range(2)]
+    store = EmbeddingStore.write(tmp_path / "store", *towers, caption_group_N=caption_N)
+    problem = SearchProblem.of(store, SearchLimits(k=600))
+    searcher = CandidateSearch(problem, FlatLists(problem, torch.device("cuda", 1)), exact=ReferenceSearch(problem))
+    query_ids = np.arange(1080, 1110)
+    expected, answer = ReferenceSearch(problem).search(query_ids), searcher.search(query_ids)
+    for name in ANSWER:
+        np.testing.assert_array_equal(getattr(answer, name), getattr(expected, name), err_msg=name)
+    assert searcher.num_rerun == 0
+    assert asked and max(asked) == 2048
+
+
+def test_a_rank_works_on_its_own_gpu(tmp_path, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 1 << 30))
+    problem = SearchProblem.of(random_store(tmp_path / "store", 30), SearchLimits(k=3))
+    make_backend(BackendChoice(), problem, torch.device("cuda", 3), tmp_path)
+    assert chosen == [torch.device("cuda", 3)]
+    make_backend(BackendChoice(), problem, torch.device("cpu"), tmp_path)
+    assert len(chosen) == 1
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import kernels
+import mining.share
 from mining import EmbeddingStore, PairTable
 from mining.backends import BackendChoice
 from mining.problem import SearchLimits, SearchProblem
@@ -197,6 +198,34 @@ class FailsAtBlock(ReferenceSearch):
             raise KeyboardInterrupt
         self.blocks -= 1
         return super().search(query_ids_Q)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        BackendChoice(),
+        BackendChoice(backend="reference"),
+        BackendChoice(backend="faiss", index="ivf", nlist=8, nprobe=6),
+        BackendChoice(helip_compat=True),
+    ],
+    ids=["fused", "reference", "clusters", "helip"],
+)
+def test_the_bar_moves_while_the_base_passes_a_single_block_of_queries(tmp_path, monkeypatch, choice):
+    monkeypatch.setattr("mining.rows.BLOCK_BYTES", 25 * 2 * (24 + 16))
+    monkeypatch.setattr("mining.reference.ReferenceSearch.__init__.__kwdefaults__", {"base_block": 25})
+    monkeypatch.setattr("mining.helip.TILE_ROWS", 25)
+    seen = []
+
+    class Bar(mining.share.tqdm):
+        def update(self, n=1):
+            super().update(n)
+            seen.append(self.n)
+
+    monkeypatch.setattr("mining.share.tqdm", Bar)
+    store = random_store(tmp_path / "store", 100)
+    search_pairs(store, tmp_path / "pairs", SearchLimits(k=3), choice=choice, block=100, show_progress=True)
+    assert seen == sorted(seen) and seen[-1] == 100
+    assert len([n for n in set(seen) if 0 < n < 100]) >= 3
 
 
 def test_interrupted_search_goes_on_from_its_last_block(tmp_path, monkeypatch):

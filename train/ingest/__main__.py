@@ -47,7 +47,6 @@ On 8 nodes, all into the same --out, for example as a Slurm array 0-7:
   python -m train.ingest --shards 'cc12m/{00000..01242}.tar' --out data/cc12m --part $SLURM_ARRAY_TASK_ID/8
   python -m train.ingest --out data/cc12m --merge          (once, when all parts are done)"""
 INTERRUPTED_EXIT_CODE = 130
-INTERRUPTED_EXIT_CODE = 130
 
 
 def main(arguments: Sequence[str]) -> None:
