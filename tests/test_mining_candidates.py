@@ -166,8 +166,10 @@ def test_lists_of_a_gpu_are_asked_for_as_faiss_takes_them_and_longer_ones_on_the
     """No GPU here: in its place the CPU's search with the arguments that faiss's own wrapper for a GPU knows, and its limits."""
     asked = []
 
-    def knn_gpu(res, xq, xb, k, D=None, I=None, metric=faiss.METRIC_L2, device=-1):  # noqa: E741
-        assert res == "resources" and metric == faiss.METRIC_INNER_PRODUCT and device == 1
+    def knn_gpu(res, xq, xb, k, D=None, I=None, metric=faiss.METRIC_L2, device=-1):
+        assert res == "resources"
+        assert metric == faiss.METRIC_INNER_PRODUCT
+        assert device == 1
         assert all(rows.dtype == np.float32 and rows.flags.c_contiguous for rows in (xq, xb))
         assert k <= 2048, "a GPU selects no more"
         asked.append(k)
@@ -186,7 +188,8 @@ def test_lists_of_a_gpu_are_asked_for_as_faiss_takes_them_and_longer_ones_on_the
     for name in ANSWER:
         np.testing.assert_array_equal(getattr(answer, name), getattr(expected, name), err_msg=name)
     assert searcher.num_rerun == 0
-    assert asked and max(asked) == 2048
+    assert asked
+    assert max(asked) == 2048
 
 
 def test_a_rank_works_on_its_own_gpu(tmp_path, monkeypatch):

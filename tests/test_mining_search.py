@@ -224,7 +224,8 @@ def test_the_bar_moves_while_the_base_passes_a_single_block_of_queries(tmp_path,
     monkeypatch.setattr("mining.share.tqdm", Bar)
     store = random_store(tmp_path / "store", 100)
     search_pairs(store, tmp_path / "pairs", SearchLimits(k=3), choice=choice, block=100, show_progress=True)
-    assert seen == sorted(seen) and seen[-1] == 100
+    assert seen == sorted(seen)
+    assert seen[-1] == 100
     assert len([n for n in set(seen) if 0 < n < 100]) >= 3
 
 
