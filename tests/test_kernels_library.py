@@ -158,7 +158,7 @@ def contrastive_loss_alone(*inputs: torch.Tensor) -> torch.Tensor:
 
 def operation_arguments(operations: Any, options: Any, dtype: torch.dtype, group_name: str = "") -> list[Any]:
     loss = contrastive_loss if operations is CONTRASTIVE else sigmoid_contrastive_loss
-    return [*leaves_for(loss, dtype=dtype), *values_of(options), group_name]
+    return [*leaves_for(loss, dtype=dtype), *values_of(options), group_name, []]
 
 
 OPTIONS = [

@@ -1,6 +1,7 @@
 """Symmetric InfoNCE over all ranks' rows with the hard-negative margin loss (HNML): checks, choice of backend, call."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,7 @@ def contrastive_loss(
     margin_direction: str = "both",
     label_smoothing: float = 0.0,
     process_group: "torch.distributed.ProcessGroup | None" = None,
+    rows_per_rank: Sequence[int] = (),
     backend: str = "auto",
     gradient_operand: str = "precise",
 ) -> ContrastiveOutput:
@@ -71,6 +73,9 @@ def contrastive_loss(
         over H_i of s_ih: mean over anchors of (1/G) * sum over columns j outside i and H_i of max(0, s_ij - m_i).
     label_smoothing: in [0, 1), over all G columns, as torch.nn.functional.cross_entropy.
     process_group: a torch.distributed group: the loss covers all its ranks' rows. None: this process alone.
+    rows_per_rank: of every rank of the group, where the caller knows. Ranks then exchange nothing but rows and statistics,
+        and no pass waits for a GPU. What is otherwise compared is the caller's promise: that ranks agree in settings,
+        width, dtype and scale. A scale that is not positive shows as a loss that is no number. (`reference` compares.)
     backend: "blockwise" (tiled torch, any device), "reference" (the definition; forms the whole matrix), "triton", or
         "auto", which takes Triton on GPUs and blockwise elsewhere, and logs its choice once.
     gradient_operand: how Triton multiplies a tile of gradients by 16-bit features: "precise" (two bfloat16 parts, error
@@ -91,7 +96,9 @@ def contrastive_loss(
         hard_per_anchor, margin_weight, margin_space, margin_direction, label_smoothing, backend, gradient_operand
     )
     check_towers(image_BD, text_BD, logit_scale=logit_scale)
-    return ContrastiveOutput(*OPERATIONS.terms((image_BD, text_BD, logit_scale), options, process_group))
+    return ContrastiveOutput(
+        *OPERATIONS.terms((image_BD, text_BD, logit_scale), options, process_group, list(rows_per_rank))
+    )
 
 
 def contrastive_gradients(
@@ -105,6 +112,7 @@ def contrastive_gradients(
     margin_direction: str = "both",
     label_smoothing: float = 0.0,
     process_group: "torch.distributed.ProcessGroup | None" = None,
+    rows_per_rank: Sequence[int] = (),
     backend: str = "auto",
     gradient_operand: str = "precise",
 ) -> ContrastiveGradients:
@@ -119,7 +127,7 @@ def contrastive_gradients(
     )
     check_towers(image_BD, text_BD, logit_scale=logit_scale)
     inputs = (image_BD, text_BD, logit_scale)
-    terms, gradients = OPERATIONS.terms_and_gradients(inputs, options, process_group)
+    terms, gradients = OPERATIONS.terms_and_gradients(inputs, options, process_group, list(rows_per_rank))
     return ContrastiveGradients(ContrastiveOutput(*terms), *gradients)
 
 

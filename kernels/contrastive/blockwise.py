@@ -78,9 +78,10 @@ def tiles(num_rows: int, tile: int, group_rows: int) -> Iterator[tuple[int, int]
 
 
 def forward_sweep(
-    x_BD: Tensor, y_GD: Tensor, *, scale: float, offset: int, hinges: Hinges, row_tile: int, column_tile: int
+    x_BD: Tensor, y_GD: Tensor, *, scale: float | Tensor, offset: int, hinges: Hinges, row_tile: int, column_tile: int
 ) -> Statistics:
-    """Statistics of x_BD @ y_GD.T off the diagonal."""
+    """Statistics of x_BD @ y_GD.T off the diagonal. `scale` as a tensor, 0-d, is waited for, which costs a CPU nothing."""
+    scale = float(scale)
     stats = _empty_statistics(len(x_BD), len(y_GD), hinges, x_BD.device)
     dtype = accumulation_dtype(x_BD.dtype)
     stats.tile_diagonal_B = x_BD.new_zeros(len(x_BD), dtype=dtype)
@@ -109,16 +110,16 @@ def gradient_sweep(
     x_BD: Tensor,
     y_GD: Tensor,
     *,
-    scale: float,
+    scale: float | Tensor,
     offset: int,
     hinges: Hinges,
     row_lse_B: Tensor,
     column_lse_G: Tensor,
-    hinge_weight: float,
+    hinge_weight: float | Tensor,
     want_x: bool,
     want_y: bool,
     want_scale: bool,
-    cosine_origin: float,
+    cosine_origin: float | Tensor,
     row_tile: int,
     column_tile: int,
     row_weight_B: Tensor | None = None,
@@ -130,6 +131,7 @@ def gradient_sweep(
     column_lse_j), and outside the groups hinge_weight for exceeding the row's threshold, again for the column's.
     Weights of None are 1.
     """
+    scale, hinge_weight, cosine_origin = float(scale), float(hinge_weight), float(cosine_origin)
     dtype, group = accumulation_dtype(x_BD.dtype), hinges.group_rows
     scale_sum = torch.zeros((), dtype=torch.float64, device=x_BD.device)
     scratch = Scratch(x_BD.device)
@@ -203,18 +205,18 @@ def hard_minimum(anchor_BD: Tensor, hard_BD: Tensor, group_rows: int, *, row_til
     return threshold_A, row_A
 
 
-def reference_logit(max_B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+def reference_logit(max_B: Tensor, scale: float | Tensor, dtype: torch.dtype) -> Tensor:
     """float64 of the float32 product scale * maximum; a fused multiply-add then subtracts it without another
     rounding."""
     return (max_B.to(dtype) * scale).double()
 
 
-def log_sum_exp(max_B: Tensor, sum_B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+def log_sum_exp(max_B: Tensor, sum_B: Tensor, scale: float | Tensor, dtype: torch.dtype) -> Tensor:
     """Logit units; -inf where nothing was summed, NaN where something was not a number."""
     return reference_logit(_finite_or_zero(max_B), scale, dtype) + sum_B.log()
 
 
-def rescale(old_max_B: Tensor, new_max_B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+def rescale(old_max_B: Tensor, new_max_B: Tensor, scale: float | Tensor, dtype: torch.dtype) -> Tensor:
     """What turns a sum under the old maximum into one under the new, 0 where nothing was summed."""
     return torch.exp(
         reference_logit(old_max_B, scale, dtype) - reference_logit(_finite_or_zero(new_max_B), scale, dtype)

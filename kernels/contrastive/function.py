@@ -15,16 +15,16 @@ from torch import Tensor
 
 from kernels.contrastive import blockwise
 from kernels.contrastive.gradient import gradients
-from kernels.contrastive.hardest import Candidates, refine_hardest
+from kernels.contrastive.hardest import choose_hardest, refine_hardest
 from kernels.contrastive.reference import contrastive_reference
-from kernels.contrastive.state import NUM_NUMBERS, ForwardState, Options, anchors_of, part_of, state_length
+from kernels.contrastive.state import ForwardState, Options, anchors_of, part_of, state_length
 from kernels.rows.function import Layout, Towers, gather_rows, reduce_vector, start_gather
 from kernels.rows.gradient import Wanted
 from kernels.rows.precision import accumulation_dtype
 from kernels.rows.registration import Loss, register
 
 
-def forward(towers: Towers, scale: float, options: Options, layout: Layout) -> tuple[list[Tensor], ForwardState]:
+def forward(towers: Towers, scale: Tensor, options: Options, layout: Layout) -> tuple[list[Tensor], ForwardState]:
     """Terms (loss, contrastive, margin, image_accuracy, text_accuracy) in float64 and the state. Collective: every
     rank calls."""
     image_BD, text_BD, image_GD, text_GD = towers.image_BD, towers.text_BD, towers.image_GD, towers.text_GD
@@ -57,14 +57,10 @@ def forward(towers: Towers, scale: float, options: Options, layout: Layout) -> t
     sums = reduce_vector(torch.stack(own_sums), layout, dist.ReduceOp.SUM)
     loss_sum, image_correct, text_correct, image_hinge = sums
     positive_G, image_off_G, *exact_off_G = gathered_rows().unbind(1)
-    # Gradients keep the sweep's sums for the rows that they take from the sweep: a row's softmax must sum to one.
-    hard_image, hard_text = (Candidates.of(off_G - positive_G, image_BD.dtype) for off_G in (image_off_G, text_off_G))
     mean_positive_cosine = positive_G.mean() / scale
-    # Together, so that the device is waited for once.
-    host = torch.cat([mean_positive_cosine[None], hard_image.numbers, hard_text.numbers]).tolist()
-    image_numbers, text_numbers = host[1 : 1 + len(hard_image.numbers)], host[1 + len(hard_image.numbers) :]
-    image_off_G, image_hardest = hard_image.choose(image_numbers, image_off_G, exact_off_G[0])
-    text_off_G, text_hardest = hard_text.choose(text_numbers, text_off_G, exact_off_G[1])
+    # Gradients keep the sweep's sums for the rows that they take from the sweep: a row's softmax must sum to one.
+    image_off_G, image_hardest = choose_hardest(image_off_G, exact_off_G[0], positive_G, image_BD.dtype)
+    text_off_G, text_hardest = choose_hardest(text_off_G, exact_off_G[1], positive_G, image_BD.dtype)
     smoothing_cosine = _smoothing_cosine(image_GD, text_GD, mean_positive_cosine, options)
     contrastive = loss_sum / layout.total + scale * smoothing_cosine
     margin_cosine = (image_hinge + text_hinge_AG.sum()) * options.hinge_weight(layout)
@@ -86,7 +82,7 @@ def forward(towers: Towers, scale: float, options: Options, layout: Layout) -> t
         text_hard_row_A=text_hard_row_A,
         margin_cosine=margin_cosine,
         smoothing_cosine=smoothing_cosine,
-        mean_positive_cosine=host[0],
+        mean_positive_cosine=mean_positive_cosine,
     )
     loss = contrastive + options.margin_weight * margin
     return [loss, contrastive, margin, image_correct / layout.total, text_correct / layout.total], state
@@ -103,7 +99,7 @@ def _thresholds(
 
 
 def reduce_columns(
-    stats: blockwise.Statistics, scale: float, layout: Layout, dtype: torch.dtype
+    stats: blockwise.Statistics, scale: Tensor, layout: Layout, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log-sum-exp_G, max_G, hinge_AG, active_AG) of the columns over all ranks. Collective: every rank calls."""
     if layout.world_size == 1:
@@ -129,18 +125,16 @@ def _smoothing_cosine(image_GD: Tensor, text_GD: Tensor, mean_positive: Tensor, 
     return options.label_smoothing * (mean_positive - torch.dot(*means))
 
 
-def _forward(
-    towers: Towers, scalars: list[float], options: Options, layout: Layout
-) -> tuple[list[Tensor], list[float], Tensor]:
+def _forward(towers: Towers, scalars: list[Tensor], options: Options, layout: Layout) -> tuple[list[Tensor], Tensor]:
     terms, state = forward(towers, *scalars, options, layout)
-    return terms, *state.packed()
+    return terms, state.packed()
 
 
 def _gradients(
-    towers: Towers, numbers: list[float], state_N: Tensor, options: Options, layout: Layout, wanted: Wanted
+    towers: Towers, state_N: Tensor, options: Options, layout: Layout, wanted: Wanted
 ) -> list[Tensor | None]:
     dtype = accumulation_dtype(towers.image_BD.dtype)
-    state = ForwardState.unpacked(numbers, state_N, options, layout, dtype)
+    state = ForwardState.unpacked(state_N, options, layout, dtype)
     return [None if d is None else d.to(dtype) for d in gradients(towers, state, options, layout, wanted)]
 
 
@@ -153,7 +147,6 @@ OPERATIONS = register(
         name="contrastive_loss",
         scalars=("logit_scale",),
         num_terms=5,
-        num_numbers=NUM_NUMBERS,
         options=Options,
         definition=_definition,
         forward=_forward,

@@ -29,7 +29,7 @@ class _Tower:
     own_BD: Tensor
     all_GD: Tensor
     lse_G: Tensor
-    hardest: list[int]
+    hardest_K: Tensor
     threshold_AG: Tensor | None
     partner_B: Tensor
     minimum_weight_B: Tensor
@@ -39,16 +39,21 @@ class _Tower:
 class _Step:
     """What every part of one backward pass refers to.
 
-    factor: turns a sweep's sums into derivatives by cosines. hinge_weight: derivative of the loss by one active hinge.
+    factor: turns a sweep's sums into derivatives by cosines. hinge_weight: derivative of the loss by one active hinge,
+    both 0-d.
     positive_weight_B: minus the derivative by each positive cosine.
     """
 
     state: ForwardState
     options: Options
     layout: Layout
-    factor: float
-    hinge_weight: float
+    factor: Tensor
+    hinge_weight: Tensor
     positive_weight_B: Tensor
+
+    @property
+    def has_margin(self) -> bool:
+        return self.options.margin_weight > 0
 
 
 def gradients(
@@ -57,8 +62,8 @@ def gradients(
     """(d_image_BD, d_text_BD, d_logit_scale): world size times this rank's part of the gradient of the global loss, in
     the accumulation dtype (the scale's in float64), None where unwanted; no communication."""
     factor = state.scale / (2 * layout.total)
-    hinge_weight = options.margin_weight * options.hinge_weight(layout)
-    hinge_weight *= state.scale if options.margin_space == "logits" else 1.0
+    unit = state.scale if options.margin_space == "logits" else torch.ones_like(state.scale)
+    hinge_weight = unit * (options.margin_weight * options.hinge_weight(layout))
     both_directions = (state.image_off_B - state.positive_B, state.text_off_B - state.positive_B)
     positive_weight_B = factor * sum(torch.sigmoid(margin_B) for margin_B in both_directions)
     step = _Step(state, options, layout, factor, hinge_weight, positive_weight_B)
@@ -101,10 +106,9 @@ def _sweep(
     options, layout = step.options, step.layout
     own_anchors = anchors_of(layout.own, options)
     # Without weight the margin is only reported, and needs no pass over the tiles here.
-    thresholds = (part_of(x.threshold_AG, own_anchors), y.threshold_AG) if step.hinge_weight > 0 else (None, None)
-    own_hardest = [row - layout.offset for row in x.hardest if layout.own.start <= row < layout.own.stop]
-    x_hard = HardRows.of(own_hardest, layout.offset, x.lse_G[layout.own])
-    y_hard = HardRows.of(y.hardest, -layout.offset, y.lse_G)
+    thresholds = (part_of(x.threshold_AG, own_anchors), y.threshold_AG) if step.has_margin else (None, None)
+    x_hard = HardRows.of(x.hardest_K, layout.offset, layout.offset, x.lse_G[layout.own])
+    y_hard = HardRows.of(y.hardest_K, 0, -layout.offset, y.lse_G)
     dx_BD, dy_GD, scale_sum = options.sweeps.gradient_sweep(
         x.own_BD,
         y.all_GD,
@@ -139,16 +143,17 @@ def _sweep(
 def _finish(d_own_BD: Tensor, own: _Tower, other: _Tower, step: _Step) -> None:
     """Scale the sweep's sums and add, in place, what stays outside the tile product: positives, minima, smoothing."""
     options, dtype = step.options, d_own_BD.dtype
-    smoothing = 2 * step.factor * options.label_smoothing
-    mean_D = blockwise.mean_row(other.all_GD, row_tile=options.row_tile).to(dtype) if smoothing else None
+    smoothing, mean_D = 2 * step.factor * options.label_smoothing, None
+    if options.label_smoothing:
+        mean_D = blockwise.mean_row(other.all_GD, row_tile=options.row_tile).to(dtype)
     for i0, i1 in blockwise.tiles(len(d_own_BD), options.row_tile, 1):
         rows, positive = d_own_BD[i0:i1].mul_(step.factor), other.own_BD[i0:i1].to(dtype)
         rows.sub_(positive * step.positive_weight_B[i0:i1, None].to(dtype))
-        if step.hinge_weight > 0:
+        if step.has_margin:
             minimum = other.own_BD[own.partner_B[i0:i1]].to(dtype)
             rows.sub_(minimum * own.minimum_weight_B[i0:i1, None].to(dtype))
         if mean_D is not None:
-            rows.add_(positive - mean_D, alpha=smoothing)
+            rows.add_((positive - mean_D) * smoothing)
         rows.mul_(step.layout.world_size)
 
 

@@ -10,9 +10,11 @@ hand, `R` any rows.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.contrastive.blockwise import tiles
+from kernels.rows.scalars import is_at_hand
 
 REFINED_ROWS = 64
 # Small batches keep the proportion.
@@ -26,24 +28,34 @@ class HardRows:
     """Rows whose softmax terms are left to `add_softmax_terms`.
 
     own_H: their numbers in the tensor that a sweep calls its rows (or columns). partner_H: of their partners among the
-    other tower's rows at hand, which may lie outside of these. lse_H: float64 log-sum-exps.
+    other tower's rows at hand, which may lie outside of these. lse_H: float64 log-sum-exps. left_out_H: float64, 1, or 0
+    for a row of no terms (and an infinite log-sum-exp), there because nobody waited to see whether it belongs.
     """
 
     own_H: Tensor
     partner_H: Tensor
     lse_H: Tensor
+    left_out_H: Tensor
 
     @classmethod
-    def of(cls, own: list[int], to_partner: int, lse_R: Tensor) -> "HardRows":
-        """Rows `own` of those whose log-sum-exps are lse_R; partners are numbered `to_partner` higher."""
-        own_H = torch.tensor(own, dtype=torch.int64, device=lse_R.device)
-        return cls(own_H, own_H + to_partner, lse_R[own_H])
+    def of(cls, hardest_K: Tensor, first: int, to_partner: int, lse_R: Tensor) -> "HardRows":
+        """Those of `hardest_K`, numbered over all ranks, that are among the R rows from `first` on, whose log-sum-exps are
+        lse_R; partners are numbered `to_partner` higher."""
+        own_K = hardest_K - first
+        inside_K = (hardest_K >= 0) & (own_K >= 0) & (own_K < len(lse_R))
+        if is_at_hand(hardest_K):
+            own_K, inside_K = own_K[inside_K], inside_K[inside_K]
+        elif len(lse_R) == 0:
+            own_K, inside_K = own_K[:0], inside_K[:0]
+        own_H = own_K.clamp(0, max(len(lse_R) - 1, 0))
+        return cls(own_H, own_H + to_partner, lse_R[own_H].masked_fill_(~inside_K, torch.inf), inside_K.double())
 
     def weight(self, num_rows: int) -> Tensor | None:
         """float64: of each row's softmax term in a sweep."""
         if len(self.own_H) == 0:
             return None
-        return torch.ones(num_rows, dtype=torch.float64, device=self.own_H.device).index_fill_(0, self.own_H, 0)
+        ones = torch.ones(num_rows, dtype=torch.float64, device=self.own_H.device)
+        return ones.index_add_(0, self.own_H, self.left_out_H, alpha=-1)
 
 
 def num_refined(num_all_rows: int, dtype: torch.dtype) -> int:
@@ -51,7 +63,7 @@ def num_refined(num_all_rows: int, dtype: torch.dtype) -> int:
 
 
 def refine_hardest(
-    off_B: Tensor, positive_B: Tensor, x_BD: Tensor, y_GD: Tensor, *, scale: float, offset: int, column_tile: int
+    off_B: Tensor, positive_B: Tensor, x_BD: Tensor, y_GD: Tensor, *, scale: Tensor, offset: int, column_tile: int
 ) -> Tensor:
     """off_B with the log-sum-exps of the rows of largest loss computed anew, from float64 products."""
     if x_BD.dtype == torch.float64 or len(x_BD) == 0:
@@ -66,31 +78,24 @@ def refine_hardest(
     return off_B.index_copy(0, rows_K, torch.stack(parts).logsumexp(0))
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """The rows of largest loss of all ranks, and their share of the squares of all rows' gradient weights.
+def choose_hardest(off_G: Tensor, exact_off_G: Tensor, positive_G: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(off_G, in which the hardest rows of all ranks are exact, their numbers, padded to REFINED_ROWS by -1).
 
-    numbers: [1 + K] share and rows in float64, to be brought to the host with
-    others' numbers at once.
+    dtype: of the features. On a CPU there are none where they do not matter; a GPU would have to be waited for to
+    know, for longer than their products take.
     """
+    margin_G = off_G - positive_G
+    rows_K = torch.topk(margin_G, num_refined(len(margin_G), dtype)).indices
+    if is_at_hand(off_G) and not _share(margin_G, rows_K) > LEAST_SHARE:
+        rows_K = rows_K[:0]
+    hardest = F.pad(rows_K, (0, REFINED_ROWS - len(rows_K)), value=-1)
+    return off_G.index_copy(0, rows_K, exact_off_G[rows_K]), hardest
 
-    rows_K: Tensor
-    numbers: Tensor
 
-    @classmethod
-    def of(cls, margin_G: Tensor, dtype: torch.dtype) -> "Candidates":
-        """margin_G: a row's loss is its softplus. dtype: of the features."""
-        rows_K = torch.topk(margin_G, num_refined(len(margin_G), dtype)).indices
-        square_G = torch.sigmoid(margin_G).square_()
-        share = square_G[rows_K].sum() / square_G.sum()
-        return cls(rows_K, torch.cat([share[None], rows_K.double()]))
-
-    def choose(self, numbers: list[float], off_G: Tensor, exact_off_G: Tensor) -> tuple[Tensor, list[int]]:
-        """(off_G, in which the hardest rows are exact, and their numbers), or (off_G, []) where they do not matter."""
-        share, *rows = numbers
-        if not share > LEAST_SHARE:
-            return off_G, []
-        return off_G.index_copy(0, self.rows_K, exact_off_G[self.rows_K]), [int(row) for row in rows]
+def _share(margin_G: Tensor, rows_K: Tensor) -> Tensor:
+    """Of these rows in the squares of all rows' gradient weights."""
+    square_G = torch.sigmoid(margin_G).square_()
+    return square_G[rows_K].sum() / square_G.sum()
 
 
 def add_softmax_terms(
@@ -98,8 +103,8 @@ def add_softmax_terms(
     hard_HD: Tensor,
     rows_RD: Tensor,
     *,
-    scale: float,
-    cosine_origin: float,
+    scale: Tensor,
+    cosine_origin: Tensor,
     d_hard: Tensor | None,
     d_rows: Tensor | None,
     row_tile: int,
@@ -122,7 +127,8 @@ def add_softmax_terms(
         if d_rows is not None:
             d_rows[r0:r1] += (softmax.T @ hard_HD).to(d_rows.dtype)
     if d_hard is not None:
-        d_hard[hard.own_H] += d_hard_HD.to(d_hard.dtype)
+        # A row without terms may share its number with one that has some.
+        d_hard.index_add_(0, hard.own_H, d_hard_HD.to(d_hard.dtype))
     return total
 
 

@@ -17,6 +17,7 @@ from kernels.contrastive.settings import merge_settings, statistics_name, statis
 from kernels.launch import blocks_for, chip_of, num_blocks, require_triton
 from kernels.rows.kernel import Weights, aligned_rows, first_columns, strips
 from kernels.rows.precision import accumulation_dtype
+from kernels.rows.scalars import device_scalar
 
 # A strip of the forward sweep: parts of 16 bytes for every row and column of a tile, 96 MiB at most, and launches
 # long enough to hide the processor's work between them.
@@ -27,7 +28,7 @@ def forward_sweep(
     x_BD: Tensor,
     y_GD: Tensor,
     *,
-    scale: float,
+    scale: float | Tensor,
     offset: int,
     hinges: Hinges,
     row_tile: int | None = None,
@@ -43,7 +44,7 @@ def forward_sweep(
     diagonal_B = x_BD.new_zeros(len(x_BD), dtype=dtype)
     has_hinge = (hinges.row_A is not None, hinges.column_A is not None)
     blocks = blocks_for(statistics_name(*has_hinge), chip, x_BD.dtype, x_BD.shape[1])
-    scale_1 = torch.full((1,), scale, dtype=dtype, device=x_BD.device)
+    scale_1 = device_scalar(scale, x_BD.device).to(dtype).reshape(1)
     rows = _Axis.of(x_BD, blocks.rows, hinges.row_A, hinges.group_rows)
     columns = _Axis.of(y_GD, blocks.columns, hinges.column_A, hinges.group_rows)
     thresholds = _row_thresholds(hinges, len(x_BD), len(y_GD), scale_1)
@@ -79,16 +80,16 @@ def gradient_sweep(
     x_BD: Tensor,
     y_GD: Tensor,
     *,
-    scale: float,
+    scale: float | Tensor,
     offset: int,
     hinges: Hinges,
     row_lse_B: Tensor,
     column_lse_G: Tensor,
-    hinge_weight: float,
+    hinge_weight: float | Tensor,
     want_x: bool,
     want_y: bool,
     want_scale: bool,
-    cosine_origin: float,
+    cosine_origin: float | Tensor,
     row_tile: int | None = None,
     column_tile: int | None = None,
     row_weight_B: Tensor | None = None,
@@ -111,10 +112,7 @@ def gradient_sweep(
     if len(x_BD) == 0 or len(y_GD) == 0 or not (want_x or want_y or want_scale):
         return first_columns(dx_BD, width), first_columns(dy_GD, width), scale_parts[0][0]
     terms = _softmax_terms(row_lse_B, column_lse_G, row_weight_B, column_weight_G, dtype)
-    # Filled on the device: a tensor made of Python numbers would wait for it.
-    scalars = [
-        torch.full((1,), value, dtype=dtype, device=x_BD.device) for value in (scale, cosine_origin, hinge_weight)
-    ]
+    scalars = [device_scalar(value, x_BD.device).to(dtype).reshape(1) for value in (scale, cosine_origin, hinge_weight)]
     thresholds = _row_thresholds(hinges, len(x_BD), len(y_GD), scalars[0])
     blocks = blocks_for("contrastive_weights", chip, x_BD.dtype, dim)
     weights = Weights.scratch("contrastive_weights", x_BD, y_GD, chip, gradient_operand)

@@ -11,12 +11,9 @@ import torch
 from torch import Tensor
 
 from kernels.contrastive import blockwise
-from kernels.contrastive.hardest import REFINED_ROWS
+from kernels.contrastive.hardest import REFINED_ROWS, num_refined
 from kernels.rows.function import Layout
 from kernels.rows.options import SweepOptions
-
-# Of a state that backward needs on the host: scale, mean positive cosine, and both towers' hardest rows.
-NUM_NUMBERS = 2 + 2 * REFINED_ROWS
 
 
 @dataclass(frozen=True)
@@ -56,14 +53,15 @@ class Options(SweepOptions):
 class ForwardState:
     """What the backward pass needs beside the features: O(b + G) numbers, float64 where not said.
 
-    *_hardest: rows of all ranks whose softmax terms the sweeps leave out, at most REFINED_ROWS.
+    scale, mean_positive_cosine, margin_cosine, smoothing_cosine: 0-d.
+    *_hardest: int64 [REFINED_ROWS], rows of all ranks whose softmax terms the sweeps leave out, -1 where there is none.
     *_threshold_AG: in the accumulation dtype, None where that direction has no margin. *_hard_row_A: int64.
     """
 
-    scale: float
-    mean_positive_cosine: float
-    image_hardest: list[int]
-    text_hardest: list[int]
+    scale: Tensor
+    mean_positive_cosine: Tensor
+    image_hardest: Tensor
+    text_hardest: Tensor
     positive_B: Tensor
     image_off_B: Tensor
     text_off_B: Tensor
@@ -78,17 +76,13 @@ class ForwardState:
     margin_cosine: Tensor
     smoothing_cosine: Tensor
 
-    def packed(self) -> tuple[list[float], Tensor]:
-        """(NUM_NUMBERS numbers, every tensor in one float64 vector), exactly."""
-        scale, mean_positive_cosine, *hardest_and_tensors = (getattr(self, field.name) for field in fields(self))
-        parts = [tensor.double().reshape(-1) for tensor in hardest_and_tensors[2:] if tensor is not None]
-        padded = [rows + [-1] * (REFINED_ROWS - len(rows)) for rows in hardest_and_tensors[:2]]
-        return [scale, mean_positive_cosine, *padded[0], *padded[1]], torch.cat(parts)
+    def packed(self) -> Tensor:
+        """Everything in one float64 vector, exactly."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return torch.cat([value.double().reshape(-1) for value in values if value is not None])
 
     @classmethod
-    def unpacked(
-        cls, numbers: list[float], state_N: Tensor, options: Options, layout: Layout, dtype: torch.dtype
-    ) -> "ForwardState":
+    def unpacked(cls, state_N: Tensor, options: Options, layout: Layout, dtype: torch.dtype) -> "ForwardState":
         """Undoes `packed`; `dtype` is that of the thresholds."""
         lengths = _lengths(layout.counts[layout.rank], layout.total, options)
         parts = dict(zip(lengths, state_N.split(list(lengths.values())), strict=True))
@@ -96,11 +90,10 @@ class ForwardState:
             has_hinge = options.has_hinge(direction)
             for name, part_dtype in ((f"{tower}_threshold_AG", dtype), (f"{tower}_hard_row_A", torch.int64)):
                 parts[name] = parts[name].to(part_dtype) if has_hinge else None
-        for name in ("margin_cosine", "smoothing_cosine"):
+            parts[f"{tower}_hardest"] = parts[f"{tower}_hardest"][: num_refined(layout.total, dtype)].long()
+        for name in ("scale", "mean_positive_cosine", "margin_cosine", "smoothing_cosine"):
             parts[name] = parts[name].reshape(())
-        scale, mean_positive_cosine, *padded = numbers
-        hardest = [[int(row) for row in rows if row >= 0] for rows in (padded[:REFINED_ROWS], padded[REFINED_ROWS:])]
-        return cls(scale, mean_positive_cosine, *hardest, **parts)
+        return cls(**parts)
 
 
 def state_length(num_rows: int, num_all_rows: int, options: Options) -> int:
@@ -110,7 +103,8 @@ def state_length(num_rows: int, num_all_rows: int, options: Options) -> int:
 
 def _lengths(num_rows: int, num_all_rows: int, options: Options) -> dict[str, int]:
     """Of each tensor of the state, in order."""
-    lengths = dict.fromkeys(("positive_B", "image_off_B", "text_off_B"), num_rows)
+    lengths = {"scale": 1, "mean_positive_cosine": 1, "image_hardest": REFINED_ROWS, "text_hardest": REFINED_ROWS}
+    lengths |= dict.fromkeys(("positive_B", "image_off_B", "text_off_B"), num_rows)
     lengths |= dict.fromkeys(("image_lse_G", "text_lse_G"), num_all_rows)
     own, every = num_rows // options.group_rows, num_all_rows // options.group_rows
     has_hinge = {"image": options.has_hinge("image_to_text"), "text": options.has_hinge("text_to_image")}

@@ -1,5 +1,6 @@
 """Log-sum-exps of a row's logits with all other rows, over all ranks: what losses with more than one softmax are made of."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ def off_diagonal_log_sum_exp(
     logit_scale: Tensor,
     *,
     process_group: "torch.distributed.ProcessGroup | None" = None,
+    rows_per_rank: Sequence[int] = (),
     backend: str = "auto",
     gradient_operand: str = "precise",
 ) -> LogSumExp:
@@ -43,9 +45,10 @@ def off_diagonal_log_sum_exp(
 
     Gradients are those of the sum over ranks of whatever each rank makes of its outputs: a loss that every rank reports
     as the global mean (one all-reduced sum of rows) ends with world size times its gradient, as in `contrastive_loss`;
-    the mean over ranks of the logit_scale gradients is exact. `process_group`, `backend`, `gradient_operand` and errors
-    are as there, but float32 cosines are not refined: at scale 100 an output is off by about 1e-5. Memory is
-    O(B + G), gathered rows and a tile. torch.compile breaks the graph here. Collective, backward too: every rank calls.
+    the mean over ranks of the logit_scale gradients is exact. `process_group`, `rows_per_rank`, `backend`,
+    `gradient_operand` and errors are as there, but float32 cosines are not refined: at scale 100 an output is off by
+    about 1e-5. Memory is O(B + G), gathered rows and a tile. torch.compile breaks the graph here. Collective, backward
+    too: every rank calls.
 
     Raises ValueError or TypeError as `contrastive_loss`, and ValueError for fewer than 2 rows over all ranks.
     Source: the definition; used for NT-Xent (SimCLR, Chen et al. 2020, equation 1).
@@ -53,4 +56,4 @@ def off_diagonal_log_sum_exp(
     check_backend(backend, gradient_operand)
     check_towers(x_BD, x_BD if y_BD is None else y_BD, logit_scale=logit_scale)
     options = Options(backend=backend, gradient_operand=gradient_operand)
-    return LogSumExp(*log_sum_exps(x_BD, y_BD, logit_scale, options, process_group))
+    return LogSumExp(*log_sum_exps(x_BD, y_BD, logit_scale, options, process_group, list(rows_per_rank)))

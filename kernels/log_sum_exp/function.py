@@ -6,7 +6,8 @@ their upstream gradients, four numbers. With those a rank forms the gradients of
 Shape letters: `B` rows of this rank, `G` rows of all ranks, `D` embedding.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,17 +20,18 @@ from kernels.rows.checks import choose_backend
 from kernels.rows.function import (
     Layout,
     every_row,
-    exchange_layout,
+    find_layout,
     gather_rows,
 )
 from kernels.rows.precision import accumulation_dtype, without_autocast
+from kernels.rows.scalars import device_scalar, positive_or_nan
 
 
 @dataclass(frozen=True)
 class _Call:
     """What a sweep refers to beside rows."""
 
-    scale: float
+    scale: Tensor
     options: Options
     layout: Layout
 
@@ -46,16 +48,22 @@ class _Call:
 
 @without_autocast
 def log_sum_exps(
-    x_BD: Tensor, y_BD: Tensor | None, logit_scale: Tensor, options: Options, process_group
+    x_BD: Tensor,
+    y_BD: Tensor | None,
+    logit_scale: Tensor,
+    options: Options,
+    process_group,
+    rows_per_rank: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """(rows_B, columns_B); y_BD None: x_BD itself, and both are one tensor. Collective: every rank calls."""
+    """(rows_B, columns_B); y_BD None: x_BD itself, and both are one tensor. rows_per_rank may be empty. Collective: every
+    rank calls."""
     chosen = choose_backend("off_diagonal_log_sum_exp", options.backend, x_BD.device.type)
-    call = _Call(float(logit_scale.detach()), options.on(chosen), Layout((len(x_BD),), 0, None))
-    call = replace(call, layout=exchange_layout(x_BD, {"logit_scale": call.scale}, call.options, process_group))
-    if call.layout.total < 2:
+    layout = find_layout(x_BD, {"logit_scale": logit_scale}, options, process_group, rows_per_rank)
+    call = _Call(positive_or_nan(device_scalar(logit_scale, x_BD.device)), options.on(chosen), layout)
+    if layout.total < 2:
         raise ValueError("off_diagonal_log_sum_exp needs at least 2 rows over all ranks, but there is 1")
     if chosen == "reference":
-        return _whole(x_BD, y_BD, logit_scale, call.layout)
+        return _whole(x_BD, y_BD, logit_scale, layout)
     if y_BD is None:
         rows_B = _OfItself.apply(x_BD, logit_scale, call)
         return rows_B, rows_B

@@ -71,13 +71,35 @@ def known_layout(counts: tuple[int, ...], name: str) -> Layout:
     return Layout(counts, 0 if group is None else dist.get_rank(group), group)
 
 
-def exchange_layout(
+def find_layout(
+    image_BD: Tensor,
+    scalars: Mapping[str, Tensor],
+    options: Any,
+    process_group: dist.ProcessGroup | None,
+    rows_per_rank: Sequence[int],
+) -> Layout:
+    """The layout of `rows_per_rank` where the caller knows it: no communication, and the device is not waited for.
+
+    Else row counts are exchanged, and compared is what ranks must agree in: the features' width and dtype, the scalars
+    and the options. Collective then: every rank calls, and raises the same ValueError when one rank is wrong.
+    """
+    if not rows_per_rank:
+        numbers = {name: float(value.detach()) for name, value in scalars.items()}
+        return _exchange_layout(image_BD, numbers, options, process_group)
+    rank, world_size = 0, 1
+    if process_group is not None:
+        rank, world_size = dist.get_rank(process_group), dist.get_world_size(process_group)
+    if len(rows_per_rank) != world_size or rows_per_rank[rank] != len(image_BD):
+        raise ValueError(
+            f"rows_per_rank={list(rows_per_rank)} must name the rows of {world_size} ranks, and {len(image_BD)} of them "
+            f"for rank {rank}"
+        )
+    return _checked_layout(tuple(rows_per_rank), rank, options, process_group)
+
+
+def _exchange_layout(
     image_BD: Tensor, scalars: Mapping[str, float], options: Any, process_group: dist.ProcessGroup | None
 ) -> Layout:
-    """Row counts of all ranks, which must agree in the features' width and dtype, the scalars and the options.
-
-    Collective: every rank calls. Every rank raises the same ValueError when one rank is wrong.
-    """
     num_rows, dim = image_BD.shape
     agreed = {"D": dim, "the features' dtype": str(image_BD.dtype), **scalars, **options.agreed}
     headers, rank = [[num_rows, *map(_as_number, agreed.values())]], 0
@@ -93,7 +115,12 @@ def exchange_layout(
         raise ValueError(
             f"logit_scale={scalars['logit_scale']} must be positive: pass the exponentiated scale, logit_scale.exp()"
         )
-    counts = tuple(int(header[0]) for header in headers)
+    return _checked_layout(tuple(int(header[0]) for header in headers), rank, options, process_group)
+
+
+def _checked_layout(
+    counts: tuple[int, ...], rank: int, options: Any, process_group: dist.ProcessGroup | None
+) -> Layout:
     for other, rows in enumerate(counts):
         if rows % options.group_rows:
             name = "this rank" if other == rank else f"rank {other}"

@@ -2,8 +2,8 @@
 and `hardpair::<name>_gradients`.
 
 In: what one loss computes, as plain functions. Out: the forward operation, differentiable once. Between the two flows
-what the gradients need: the rows of all ranks, O(B + G) numbers on the device, and a few on the host, so that backward
-need not wait for the device.
+what the gradients need: the rows of all ranks, O(B + G) numbers, and on the host the ranks' row counts. Numbers that come
+from the device stay there: neither pass waits for it, except where ranks compare what they were given.
 
 Shape letters: `B` rows of this rank, `G` rows of all ranks, `D` embedding, `W` ranks, `T` terms, `N` any number.
 """
@@ -20,7 +20,7 @@ from kernels.rows.checks import choose_backend
 from kernels.rows.function import (
     Layout,
     Towers,
-    exchange_layout,
+    find_layout,
     gather_towers,
     group_named,
     known_layout,
@@ -30,6 +30,7 @@ from kernels.rows.function import (
 from kernels.rows.gradient import Wanted
 from kernels.rows.precision import accumulation_dtype, without_autocast
 from kernels.rows.reference import reference_gradients, reference_terms
+from kernels.rows.scalars import device_scalar, positive_or_nan
 
 SCHEMA_TYPES = {int: "int", float: "float", str: "str"}
 NAMESPACE = "hardpair"
@@ -42,25 +43,27 @@ class Loss:
     scalars: names of its 0-d or [1] inputs, "logit_scale" first. num_terms: the loss and what is reported beside it.
     options: frozen dataclass of int, float and str fields, `backend` among them, with `group_rows` and `agreed`.
     definition(image_GD, text_GD, *scalars, options) -> T terms, for backend "reference".
-    forward(towers, numbers of the scalars, options, layout) -> (T terms in float64, numbers, state_N float64).
-    gradients(towers, numbers, state_N, options, layout, wanted) -> [d_image_BD, d_text_BD, one for each scalar], None
-        where unwanted, in the accumulation dtype.
-    num_numbers, state_length(B, G, options): lengths of what forward hands to gradients.
+    forward(towers, 0-d float64 scalars, options, layout) -> (T terms in float64, state_N float64).
+    gradients(towers, state_N, options, layout, wanted) -> [d_image_BD, d_text_BD, one for each scalar], None where
+        unwanted, in the accumulation dtype.
+    state_length(B, G, options): length of what forward hands to gradients.
     """
 
     name: str
     scalars: tuple[str, ...]
     num_terms: int
-    num_numbers: int
     options: type
     definition: Callable[..., Sequence[Tensor]]
-    forward: Callable[[Towers, list[float], Any, Layout], tuple[list[Tensor], list[float], Tensor]]
-    gradients: Callable[[Towers, list[float], Tensor, Any, Layout, Wanted], list[Tensor | None]]
+    forward: Callable[[Towers, list[Tensor], Any, Layout], tuple[list[Tensor], Tensor]]
+    gradients: Callable[[Towers, Tensor, Any, Layout, Wanted], list[Tensor | None]]
     state_length: Callable[[int, int, Any], int]
 
-    def layout(self, image_BD: Tensor, numbers: Sequence[float], options: Any, process_group: Any) -> Layout:
-        """Of ranks that agree in the numbers of the scalars. Collective: every rank calls."""
-        return exchange_layout(image_BD, dict(zip(self.scalars, numbers, strict=True)), options, process_group)
+    def layout(
+        self, inputs: Sequence[Tensor], options: Any, process_group: Any, rows_per_rank: Sequence[int]
+    ) -> Layout:
+        """`find_layout` for the rows and scalars of a call. Collective: every rank calls."""
+        scalars = dict(zip(self.scalars, inputs[2:], strict=True))
+        return find_layout(inputs[0], scalars, options, process_group, rows_per_rank)
 
 
 @dataclass(frozen=True)
@@ -71,24 +74,27 @@ class Operations:
     forward: Callable[..., tuple[Tensor, ...]]
     gradients: Callable[..., list[Tensor]]
 
-    def terms(self, inputs: Sequence[Tensor], options: Any, process_group: Any) -> list[Tensor]:
-        """The terms, the differentiable loss first. Collective: every rank calls."""
+    def terms(
+        self, inputs: Sequence[Tensor], options: Any, process_group: Any, rows_per_rank: Sequence[int]
+    ) -> list[Tensor]:
+        """The terms, the differentiable loss first; rows_per_rank may be empty, and the definition takes
+        no notice of it. Collective: every rank calls."""
         if options.backend == "reference":
-            layout = self.loss.layout(inputs[0], numbers_of(inputs[2:]), options, process_group)
+            layout = self.loss.layout(inputs, options, process_group, ())
             return reference_terms(*inputs, definition=partial(self.loss.definition, options=options), layout=layout)
-        loss, details_T, *_ = self.forward(*inputs, *values_of(options), name_of(process_group))
+        loss, details_T, *_ = self.forward(*inputs, *values_of(options), name_of(process_group), rows_per_rank)
         return [loss, *details_T.unbind()]
 
     def terms_and_gradients(
-        self, inputs: Sequence[Tensor], options: Any, process_group: Any
+        self, inputs: Sequence[Tensor], options: Any, process_group: Any, rows_per_rank: Sequence[int]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The terms and the gradient by each input, without autograd. Collective: every rank calls."""
         inputs = [value.detach() for value in inputs]
         if options.backend == "reference":
-            layout = self.loss.layout(inputs[0], numbers_of(inputs[2:]), options, process_group)
+            layout = self.loss.layout(inputs, options, process_group, ())
             definition = partial(self.loss.definition, options=options)
             return reference_gradients(*inputs, definition=definition, layout=layout)
-        settings = (*values_of(options), name_of(process_group))
+        settings = (*values_of(options), name_of(process_group), rows_per_rank)
         loss, details_T, *kept = self.forward(*inputs, *settings)
         gradients = self.gradients(torch.ones_like(loss), *inputs[:2], *kept, True, True, True, *settings)
         return [loss, *details_T.unbind()], gradients
@@ -98,23 +104,20 @@ def values_of(options: Any) -> list[int | float | str]:
     return [getattr(options, field.name) for field in fields(options)]
 
 
-def numbers_of(scalars: Sequence[Tensor]) -> list[float]:
-    return [float(value.detach()) for value in scalars]
-
-
 def register(loss: Loss) -> Operations:
     """Define the operations of `loss`, once a process."""
-    settings = [f"{SCHEMA_TYPES[field.type]} {field.name}" for field in fields(loss.options)] + ["str group_name"]
+    settings = [f"{SCHEMA_TYPES[field.type]} {field.name}" for field in fields(loss.options)]
+    settings += ["str group_name", "SymInt[] rows_per_rank"]
     scalars = [f"Tensor {name}" for name in loss.scalars]
     forward = torch.library.custom_op(
         f"{NAMESPACE}::{loss.name}",
         _forward_of(loss),
         mutates_args=(),
         schema=f"({', '.join(['Tensor image_BD', 'Tensor text_BD', *scalars, *settings])}) -> "
-        "(Tensor loss, Tensor details_T, Tensor image_GD, Tensor text_GD, Tensor state_N, Tensor host_N)",
+        "(Tensor loss, Tensor details_T, Tensor image_GD, Tensor text_GD, Tensor state_N, Tensor counts_W)",
     )
     kept = ["Tensor d_loss", *(f"Tensor {name}" for name in ("image_BD", "text_BD", "image_GD", "text_GD"))]
-    kept += ["Tensor state_N", "Tensor host_N", "bool want_image", "bool want_text", "bool want_scalars"]
+    kept += ["Tensor state_N", "Tensor counts_W", "bool want_image", "bool want_text", "bool want_scalars"]
     gradients = torch.library.custom_op(
         f"{NAMESPACE}::{loss.name}_gradients",
         _gradients_of(loss),
@@ -131,58 +134,56 @@ def register(loss: Loss) -> Operations:
 def _forward_of(loss: Loss) -> Callable[..., tuple[Tensor, ...]]:
     @without_autocast
     def forward(image_BD, text_BD, *rest):
-        scalars, (*values, group_name) = rest[: len(loss.scalars)], rest[len(loss.scalars) :]
+        scalars, (*values, group_name, rows_per_rank) = rest[: len(loss.scalars)], rest[len(loss.scalars) :]
         options = _chosen(loss, values, image_BD)
-        numbers = numbers_of(scalars)
-        layout = loss.layout(image_BD, numbers, options, group_named(group_name))
+        layout = loss.layout((image_BD, text_BD, *scalars), options, group_named(group_name), rows_per_rank)
         towers = gather_towers(image_BD, text_BD, layout)
-        terms, numbers, state_N = loss.forward(towers, numbers, options, layout)
+        scale, *others = (device_scalar(value, image_BD.device) for value in scalars)
+        terms, state_N = loss.forward(towers, [positive_or_nan(scale), *others], options, layout)
         terms_T = torch.stack(terms).to(accumulation_dtype(image_BD.dtype))
         # An operation must not return its own input: without a group, nothing stands for the rows of all ranks.
         gathered = (towers.image_GD, towers.text_GD) if group_name else (image_BD.new_empty(0) for _ in range(2))
-        host_N = torch.tensor([*numbers, *layout.counts], dtype=torch.float64, device="cpu")
-        return terms_T[0].clone(), terms_T[1:].clone(), *gathered, state_N, host_N
+        counts_W = torch.tensor(layout.counts, dtype=torch.int64, device="cpu")
+        return terms_T[0].clone(), terms_T[1:].clone(), *gathered, state_N, counts_W
 
     return forward
 
 
 def _fake_forward_of(loss: Loss) -> Callable[..., tuple[Tensor, ...]]:
     def fake(image_BD, text_BD, *rest):
-        *values, group_name = rest[len(loss.scalars) :]
+        *values, group_name, rows_per_rank = rest[len(loss.scalars) :]
         terms_T = image_BD.new_empty(loss.num_terms, dtype=accumulation_dtype(image_BD.dtype))
         num_rows, dim = image_BD.shape
-        if group_name:
+        if group_name and not rows_per_rank:
             # Other ranks may have other numbers of rows: known when the operation runs.
             context = torch.library.get_ctx()
             num_all, length = context.new_dynamic_size(), context.new_dynamic_size()
-            gathered = [image_BD.new_empty(num_all, dim) for _ in range(2)]
         else:
-            length = loss.state_length(num_rows, num_rows, loss.options(*values))
-            gathered = [image_BD.new_empty(0) for _ in range(2)]
+            num_all = sum(rows_per_rank) if rows_per_rank else num_rows
+            length = loss.state_length(num_rows, num_all, loss.options(*values))
+        gathered = [image_BD.new_empty((num_all, dim) if group_name else 0) for _ in range(2)]
         state_N = image_BD.new_empty(length, dtype=torch.float64)
-        host_N = torch.empty(loss.num_numbers + world_size_of(group_name), dtype=torch.float64, device="cpu")
-        return terms_T.new_empty(()), terms_T[1:].clone(), *gathered, state_N, host_N
+        counts_W = torch.empty(world_size_of(group_name), dtype=torch.int64, device="cpu")
+        return terms_T.new_empty(()), terms_T[1:].clone(), *gathered, state_N, counts_W
 
     return fake
 
 
 def _gradients_of(loss: Loss) -> Callable[..., list[Tensor]]:
     @without_autocast
-    def gradients(d_loss, image_BD, text_BD, image_GD, text_GD, state_N, host_N, *rest):
-        wanted, (*values, group_name) = Wanted(*rest[:3]), rest[3:]
+    def gradients(d_loss, image_BD, text_BD, image_GD, text_GD, state_N, counts_W, *rest):
+        wanted, (*values, group_name, _) = Wanted(*rest[:3]), rest[3:]
         options = _chosen(loss, values, image_BD)
-        host = host_N.tolist()
-        layout = known_layout(tuple(map(int, host[loss.num_numbers :])), group_name)
+        layout = known_layout(tuple(counts_W.tolist()), group_name)
         gathered = (image_GD, text_GD) if group_name else (image_BD, text_BD)
-        towers, numbers = Towers(image_BD, text_BD, *gathered), host[: loss.num_numbers]
-        results = loss.gradients(towers, numbers, state_N, options, layout, wanted)
+        results = loss.gradients(Towers(image_BD, text_BD, *gathered), state_N, options, layout, wanted)
         return [d.mul_(d_loss) for d in results if d is not None]
 
     return gradients
 
 
 def _fake_gradients_of(loss: Loss) -> Callable[..., list[Tensor]]:
-    def fake(d_loss, image_BD, text_BD, image_GD, text_GD, state_N, host_N, *rest):
+    def fake(d_loss, image_BD, text_BD, image_GD, text_GD, state_N, counts_W, *rest):
         want_image, want_text, want_scalars = rest[:3]
         shapes = [image_BD.shape] * (want_image + want_text) + [()] * (len(loss.scalars) * want_scalars)
         return [image_BD.new_empty(shape, dtype=accumulation_dtype(image_BD.dtype)) for shape in shapes]

@@ -1,5 +1,6 @@
 """The pairwise sigmoid loss (SigLIP) over all ranks' rows: checks, choice of backend, call."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,7 @@ def sigmoid_contrastive_loss(
     logit_bias: Tensor,
     *,
     process_group: "torch.distributed.ProcessGroup | None" = None,
+    rows_per_rank: Sequence[int] = (),
     backend: str = "auto",
     gradient_operand: str = "precise",
 ) -> SigmoidOutput:
@@ -55,14 +57,15 @@ def sigmoid_contrastive_loss(
     ranks, be 0.
     logit_scale: 0-d or [1], positive, already exponentiated. logit_bias: 0-d or [1].
 
-    Gradient conventions, `process_group`, `backend`, `gradient_operand` and errors are those of `contrastive_loss`; they equal open_clip's
-    SigLipLoss under an engine that averages over ranks. Collective: every rank of the group calls.
+    Gradient conventions, `process_group`, `rows_per_rank`, `backend`, `gradient_operand` and errors are those of
+    `contrastive_loss`; they equal open_clip's SigLipLoss under an engine that averages over ranks. Collective: every
+    rank of the group calls.
     Source: Sigmoid loss for language image pre-training (Zhai et al. 2023), equation 1.
     """
     check_backend(backend, gradient_operand)
     check_towers(image_BD, text_BD, logit_scale=logit_scale, logit_bias=logit_bias)
     inputs, options = (image_BD, text_BD, logit_scale, logit_bias), Options(backend, gradient_operand)
-    return SigmoidOutput(*OPERATIONS.terms(inputs, options, process_group))
+    return SigmoidOutput(*OPERATIONS.terms(inputs, options, process_group, list(rows_per_rank)))
 
 
 def sigmoid_contrastive_gradients(
@@ -72,6 +75,7 @@ def sigmoid_contrastive_gradients(
     logit_bias: Tensor,
     *,
     process_group: "torch.distributed.ProcessGroup | None" = None,
+    rows_per_rank: Sequence[int] = (),
     backend: str = "auto",
     gradient_operand: str = "precise",
 ) -> SigmoidGradients:
@@ -83,5 +87,5 @@ def sigmoid_contrastive_gradients(
     check_backend(backend, gradient_operand)
     check_towers(image_BD, text_BD, logit_scale=logit_scale, logit_bias=logit_bias)
     inputs, options = (image_BD, text_BD, logit_scale, logit_bias), Options(backend, gradient_operand)
-    terms, gradients = OPERATIONS.terms_and_gradients(inputs, options, process_group)
+    terms, gradients = OPERATIONS.terms_and_gradients(inputs, options, process_group, list(rows_per_rank))
     return SigmoidGradients(SigmoidOutput(*terms), *gradients)

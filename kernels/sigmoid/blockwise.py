@@ -22,9 +22,18 @@ SOFTPLUS_THRESHOLD = 40
 
 
 def negative_sum(
-    x_BD: Tensor, y_GD: Tensor, *, scale: float, bias: float, offset: int, row_tile: int, column_tile: int
+    x_BD: Tensor,
+    y_GD: Tensor,
+    *,
+    scale: float | Tensor,
+    bias: float | Tensor,
+    offset: int,
+    row_tile: int,
+    column_tile: int,
 ) -> Tensor:
-    """float64 0-d sum of softplus over the logits off the diagonal."""
+    """float64 0-d sum of softplus over the logits off the diagonal. Scalars that are tensors, 0-d, are waited for, which
+    costs a CPU nothing."""
+    scale, bias = float(scale), float(bias)
     total = torch.zeros((), dtype=torch.float64, device=x_BD.device)
     for logits, diagonal, _, _ in _logit_tiles(x_BD, y_GD, scale, bias, offset, row_tile, column_tile):
         if diagonal is not None:
@@ -37,8 +46,8 @@ def gradient_sweep(
     x_BD: Tensor,
     y_GD: Tensor,
     *,
-    scale: float,
-    bias: float,
+    scale: float | Tensor,
+    bias: float | Tensor,
     offset: int,
     want_x: bool,
     want_y: bool,
@@ -50,6 +59,7 @@ def gradient_sweep(
 
     Unwanted ones are None, or 0 (float64).
     """
+    scale, bias = float(scale), float(bias)
     dtype = accumulation_dtype(x_BD.dtype)
     logit_sum, weight_sum = (torch.zeros((), dtype=torch.float64, device=x_BD.device) for _ in range(2))
     scratch = Scratch(x_BD.device)

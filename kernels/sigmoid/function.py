@@ -37,11 +37,9 @@ class Options(SweepOptions):
     agreed: ClassVar[dict[str, float | str]] = {}
 
 
-def forward(
-    towers: Towers, scalars: list[float], options: Options, layout: Layout
-) -> tuple[list[Tensor], list[float], Tensor]:
-    """(terms loss, positive and negative in float64, [scale, bias], positive logits of this rank's B rows). Collective:
-    every rank calls."""
+def forward(towers: Towers, scalars: list[Tensor], options: Options, layout: Layout) -> tuple[list[Tensor], Tensor]:
+    """(terms loss, positive and negative in float64; scale, bias and the positive logits of this rank's B rows).
+    Collective: every rank calls."""
     scale, bias = scalars
     positive_B = scale * row_dots(towers.image_BD, towers.text_BD, row_tile=options.row_tile) + bias
     negative = options.sweeps.negative_sum(
@@ -55,17 +53,15 @@ def forward(
     )
     own = torch.stack([-F.logsigmoid(positive_B).sum(), negative])
     positive, negative = reduce_vector(own, layout, dist.ReduceOp.SUM) / layout.total
-    return [positive + negative, positive, negative], scalars, positive_B
+    return [positive + negative, positive, negative], torch.cat([torch.stack(scalars), positive_B])
 
 
-def gradients(
-    towers: Towers, scalars: list[float], positive_B: Tensor, options: Options, layout: Layout, wanted: Wanted
-) -> list[Tensor | None]:
+def gradients(towers: Towers, state_N: Tensor, options: Options, layout: Layout, wanted: Wanted) -> list[Tensor | None]:
     """[d_image_BD, d_text_BD, d_logit_scale, d_logit_bias]: world size times this rank's part of the gradient of the
     global loss, in the accumulation dtype, None where unwanted; no communication."""
-    scale, bias = scalars
+    scale, bias, positive_B = state_N[0], state_N[1], state_N[2:]
     sweeps = [
-        partial(_sweep, own_BD, every_GD, scalars, options, layout)
+        partial(_sweep, own_BD, every_GD, (scale, bias), options, layout)
         for own_BD, every_GD in ((towers.image_BD, towers.text_GD), (towers.text_BD, towers.image_GD))
     ]
     d_image, d_text, sums = sweep_towers(*sweeps, wanted, world_size=layout.world_size)
@@ -86,7 +82,7 @@ def gradients(
 def _sweep(
     x_BD: Tensor,
     y_GD: Tensor,
-    scalars: list[float],
+    scalars: tuple[Tensor, Tensor],
     options: Options,
     layout: Layout,
     *,
@@ -110,7 +106,7 @@ def _sweep(
     )
 
 
-def _finish(d_own_BD: Tensor, other_BD: Tensor, positive_weight_B: Tensor, factor: float, row_tile: int) -> None:
+def _finish(d_own_BD: Tensor, other_BD: Tensor, positive_weight_B: Tensor, factor: Tensor, row_tile: int) -> None:
     """In place: add the positives, which the sweep left out, and scale."""
     for i0, i1 in tiles(len(d_own_BD), row_tile, 1):
         weight = positive_weight_B[i0:i1, None].to(d_own_BD.dtype)
@@ -126,11 +122,10 @@ OPERATIONS = register(
         name="sigmoid_contrastive_loss",
         scalars=("logit_scale", "logit_bias"),
         num_terms=3,
-        num_numbers=2,
         options=Options,
         definition=_definition,
         forward=forward,
         gradients=gradients,
-        state_length=lambda num_rows, num_all_rows, options: num_rows,
+        state_length=lambda num_rows, num_all_rows, options: 2 + num_rows,
     )
 )

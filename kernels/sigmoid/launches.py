@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels.launch import blocks_for, chip_of, num_blocks, require_triton
 from kernels.rows.kernel import Weights, aligned_rows, first_columns, strips
 from kernels.rows.precision import accumulation_dtype
+from kernels.rows.scalars import device_scalar
 from kernels.sigmoid.kernel import negative_sum_kernel, sigmoid_weights_kernel, sum_settings, weight_settings
 
 
@@ -19,8 +20,8 @@ def negative_sum(
     x_BD: Tensor,
     y_GD: Tensor,
     *,
-    scale: float,
-    bias: float,
+    scale: float | Tensor,
+    bias: float | Tensor,
     offset: int,
     row_tile: int | None = None,
     column_tile: int | None = None,
@@ -45,8 +46,8 @@ def gradient_sweep(
     x_BD: Tensor,
     y_GD: Tensor,
     *,
-    scale: float,
-    bias: float,
+    scale: float | Tensor,
+    bias: float | Tensor,
     offset: int,
     want_x: bool,
     want_y: bool,
@@ -99,13 +100,16 @@ def gradient_sweep(
 class _Launch:
     """What the launches of one sweep share."""
 
-    def __init__(self, kernel: str, x_BD: Tensor, y_GD: Tensor, scale: float, bias: float, offset: int):
+    def __init__(
+        self, kernel: str, x_BD: Tensor, y_GD: Tensor, scale: float | Tensor, bias: float | Tensor, offset: int
+    ):
         self.x_BD, self.y_GD = aligned_rows(x_BD), aligned_rows(y_GD)
         self.dim, self.offset, self.chip = self.x_BD.shape[1], offset, chip_of(x_BD.device)
         self.blocks = blocks_for(kernel, self.chip, x_BD.dtype, self.dim)
         self.options = {"num_warps": self.blocks.num_warps, "num_stages": self.blocks.num_stages}
         # As an argument a Python number would be a float32, also for float64 rows.
-        self.scalars = x_BD.new_tensor([scale, bias], dtype=accumulation_dtype(x_BD.dtype))
+        scalars = torch.stack([device_scalar(value, x_BD.device) for value in (scale, bias)])
+        self.scalars = scalars.to(accumulation_dtype(x_BD.dtype))
 
     def grid(self, rows: slice, columns: slice) -> tuple[int, int]:
         return (
