@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -104,20 +103,23 @@ def test_server_killed_during_a_transfer_is_waited_for(local, server, tmp_path, 
         half_done = lambda: any(  # noqa: E731
             file.stat().st_size > 60_000 for file in (tmp_path / "cache/.downloads").rglob("file*") if file.is_file()
         )
+        trying_again = re.compile(rf"{SHARD_2} .*trying again in ([\d.]+) s")
+
+        def pauses() -> list[float]:
+            return [float(pause) for pause in trying_again.findall(caplog.text)]
 
         def kill_and_bring_back() -> None:
             wait_until(half_done, 20)
             server.kill()
-            time.sleep(1.0)
+            wait_until(lambda: len(pauses()) >= 3, 60)
             server.start()
 
         chaos = threading.Thread(target=kill_and_bring_back)
         chaos.start()
         assert store[10] == local[10]
         chaos.join()
-    pauses = [float(pause) for pause in re.findall(rf"{SHARD_2} .*trying again in ([\d.]+) s", caplog.text)]
-    assert len(pauses) >= 3
-    assert pauses == [min(0.1 * 2**number, 1.0) for number in range(len(pauses))]
+    assert len(pauses()) >= 3
+    assert pauses() == [min(0.1 * 2**number, 1.0) for number in range(len(pauses()))]
     assert downloads(tmp_path / "cache") == []
 
 
@@ -125,7 +127,12 @@ def test_server_that_falls_silent_is_given_up_and_asked_again(local, server, tmp
     with running(server):
         store = PairStore.open(server.url, cache=tmp_path / "cache", retry=QUICK_TO_HANG_UP)
         server.process.send_signal(signal.SIGSTOP)
-        thaw = threading.Timer(2.0, lambda: server.process.send_signal(signal.SIGCONT))
+
+        def thaw_when_given_up() -> None:
+            wait_until(lambda: "nothing arrived for 0.7 s" in caplog.text, 60)
+            server.process.send_signal(signal.SIGCONT)
+
+        thaw = threading.Thread(target=thaw_when_given_up)
         thaw.start()
         assert store[3] == local[3]
         thaw.join()

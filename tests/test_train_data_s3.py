@@ -2,14 +2,13 @@
 
 import socket
 import threading
-import time
 
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
 from mining.remote_folder import RetryPolicy
-from tests.tar_shards import image_bytes, ingest, sample, write_tar
+from tests.tar_shards import image_bytes, ingest, sample, wait_until, write_tar
 from train.data.pair_store import PairStore
 
 SHARDS = range(3)
@@ -73,7 +72,7 @@ def test_store_in_s3_is_read_and_waits_for_a_server_that_comes_back(local, serve
     server.close()
 
     def come_back() -> None:
-        time.sleep(1.5)
+        wait_until(lambda: "trying again in" in caplog.text, 60)
         server.open()
 
     returning = threading.Thread(target=come_back)
