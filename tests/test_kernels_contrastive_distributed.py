@@ -118,14 +118,14 @@ def count_bytes_on_rank(rank: int, world_size: int, counts: list[int], dtype: to
 
         return call
 
-    for name in ("all_gather_single", "all_reduce", "broadcast"):
+    for name in ("all_gather_single", "all_to_all_single", "broadcast"):
         setattr(dist, name, counting(getattr(dist, name), 0))
     for name in (
         "all_gather",
         "all_gather_into_tensor",
         "reduce_scatter",
         "reduce_scatter_tensor",
-        "all_to_all_single",
+        "all_reduce",
         "send",
     ):
         setattr(dist, name, None)
@@ -141,12 +141,14 @@ def count_bytes_on_rank(rank: int, world_size: int, counts: list[int], dtype: to
 @pytest.mark.parametrize(("counts", "dtype"), [([6, 6, 6], torch.bfloat16), ([6, 0, 12], torch.float32)])
 def test_forward_sends_features_once_and_backward_sends_nothing(counts, dtype):
     total = sum(counts)
-    for sent in run_on_ranks(count_bytes_on_rank, 3, counts, dtype):
+    for rank, sent in enumerate(run_on_ranks(count_bytes_on_rank, 3, counts, dtype)):
         assert sent["features"] == 2 * total * 10 * dtype.itemsize, "each row of each tower exactly once"
         # Of each rank: rows, D, dtype, scale, and the five settings that must agree.
-        header, sums = 3 * 9 * 8, 4 * 8
-        thresholds, columns, rows = 2 * (total // 3) * 4, (total + total + 2 * (total // 3)) * 8, total * 4 * 8
-        assert sent["forward"] == header + thresholds + columns + rows + sums
+        header = 3 * 9 * 8
+        thresholds, rows = 2 * (total // 3) * 4, total * 8 * 8
+        # What three ranks know of this rank's columns: maximum and sum of each, two sums of a group of three.
+        columns = 3 * (2 * counts[rank] + 2 * (counts[rank] // 3)) * 8
+        assert sent["forward"] == header + thresholds + columns + rows
         assert sent["backward"] == 0
 
 

@@ -1,15 +1,14 @@
 """The process-group composition of the contrastive loss, and its operations in torch.library.
 
-In: this rank's rows. On the wire, forward only: both towers' rows all-gathered once, then O(G) floats (thresholds,
-column statistics reduced MAX then SUM, row statistics gathered). Backward: nothing, every rank can form the exact
-gradient of its own rows.
+In: this rank's rows. On the wire, forward only: both towers' rows all-gathered once, then O(G) floats (thresholds; every
+column's statistics to the rank that has its row; statistics of rows gathered). Backward: nothing, every rank can form
+the exact gradient of its own rows.
 
 Shape letters: `B` rows of this rank, `G` rows of all ranks, `D` embedding, `A` anchors of this rank, `AG` anchors of
 all ranks.
 """
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from kernels.contrastive.gradient import gradients
 from kernels.contrastive.hardest import choose_hardest, refine_hardest
 from kernels.contrastive.reference import contrastive_reference
 from kernels.contrastive.state import ForwardState, Options, anchors_of, part_of, state_length
-from kernels.rows.function import Layout, Towers, gather_rows, reduce_vector, start_gather
+from kernels.rows.function import Layout, Towers, gather_rows, send_to_owners
 from kernels.rows.gradient import Wanted
 from kernels.rows.precision import accumulation_dtype
 from kernels.rows.registration import Loss, register
@@ -41,29 +40,30 @@ def forward(towers: Towers, scale: Tensor, options: Options, layout: Layout) -> 
         row_tile=options.row_tile,
         column_tile=options.column_tile,
     )
-    text_off_G, text_max_G, text_hinge_AG, text_active_AG = reduce_columns(stats, scale, layout, dtype)
+    text_off_B, text_max_B, text_hinge_A, text_active_A = reduce_columns(stats, scale, layout, dtype, group_rows=group)
     positive_B = scale * blockwise.row_dots(image_BD, text_BD, row_tile=options.row_tile)
     image_off_B = blockwise.log_sum_exp(stats.row_max_B, stats.row_sum_B, scale, dtype)
     settings = {"scale": scale, "offset": layout.offset, "column_tile": options.column_tile}
     exact_image_off_B = refine_hardest(image_off_B, positive_B, image_BD, text_GD, **settings)
-    exact_text_off_B = refine_hardest(text_off_G[layout.own], positive_B, text_BD, image_GD, **settings)
-    own_loss = (_softplus(exact_image_off_B - positive_B) + _softplus(exact_text_off_B - positive_B)).sum() / 2
+    exact_text_off_B = refine_hardest(text_off_B, positive_B, text_BD, image_GD, **settings)
     # A tie with another row counts as wrong: features that have collapsed to one point score 0, not 1.
-    image_correct_B = stats.tile_diagonal_B > stats.row_max_B
-    text_correct_B = stats.tile_diagonal_B > text_max_G[layout.own]
-    own_rows = torch.stack([positive_B, image_off_B, exact_image_off_B, exact_text_off_B], 1)
-    gathered_rows = start_gather(own_rows, layout)
-    own_sums = [own_loss, image_correct_B.double().sum(), text_correct_B.double().sum(), stats.row_hinge_A.sum()]
-    sums = reduce_vector(torch.stack(own_sums), layout, dist.ReduceOp.SUM)
-    loss_sum, image_correct, text_correct, image_hinge = sums
-    positive_G, image_off_G, *exact_off_G = gathered_rows().unbind(1)
+    correct = [stats.tile_diagonal_B > off_max_B for off_max_B in (stats.row_max_B, text_max_B)]
+    hinge_B = torch.zeros_like(positive_B)
+    for hinge_A in (stats.row_hinge_A, text_hinge_A):
+        # A direction without a margin has none.
+        hinge_B[: len(hinge_A) * group : group] += hinge_A
+    columns = [positive_B, image_off_B, text_off_B, exact_image_off_B, exact_text_off_B, *correct, hinge_B]
+    # Sums are formed from all ranks' rows: another reduction would take longer than its bytes.
+    every_row = gather_rows(torch.stack([column.double() for column in columns], 1), layout)
+    positive_G, image_off_G, text_off_G, *exact_off_G, image_correct_G, text_correct_G, hinge_G = every_row.unbind(1)
+    loss_sum = sum(_softplus(off_G - positive_G) for off_G in exact_off_G).sum() / 2
     mean_positive_cosine = positive_G.mean() / scale
     # Gradients keep the sweep's sums for the rows that they take from the sweep: a row's softmax must sum to one.
     image_off_G, image_hardest = choose_hardest(image_off_G, exact_off_G[0], positive_G, image_BD.dtype)
     text_off_G, text_hardest = choose_hardest(text_off_G, exact_off_G[1], positive_G, image_BD.dtype)
     smoothing_cosine = _smoothing_cosine(image_GD, text_GD, mean_positive_cosine, options)
     contrastive = loss_sum / layout.total + scale * smoothing_cosine
-    margin_cosine = (image_hinge + text_hinge_AG.sum()) * options.hinge_weight(layout)
+    margin_cosine = hinge_G.sum() * options.hinge_weight(layout)
     margin = margin_cosine * scale if options.margin_space == "logits" else margin_cosine
     state = ForwardState(
         scale=scale,
@@ -77,7 +77,7 @@ def forward(towers: Towers, scale: Tensor, options: Options, layout: Layout) -> 
         image_threshold_AG=image_threshold_AG,
         text_threshold_AG=text_threshold_AG,
         image_active_A=stats.row_active_A,
-        text_active_A=part_of(text_active_AG, own_anchors),
+        text_active_A=text_active_A,
         image_hard_row_A=image_hard_row_A,
         text_hard_row_A=text_hard_row_A,
         margin_cosine=margin_cosine,
@@ -85,7 +85,7 @@ def forward(towers: Towers, scale: Tensor, options: Options, layout: Layout) -> 
         mean_positive_cosine=mean_positive_cosine,
     )
     loss = contrastive + options.margin_weight * margin
-    return [loss, contrastive, margin, image_correct / layout.total, text_correct / layout.total], state
+    return [loss, contrastive, margin, image_correct_G.mean(), text_correct_G.mean()], state
 
 
 def _thresholds(
@@ -99,17 +99,20 @@ def _thresholds(
 
 
 def reduce_columns(
-    stats: blockwise.Statistics, scale: Tensor, layout: Layout, dtype: torch.dtype
+    stats: blockwise.Statistics, scale: Tensor, layout: Layout, dtype: torch.dtype, *, group_rows: int = 1
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log-sum-exp_G, max_G, hinge_AG, active_AG) of the columns over all ranks. Collective: every rank calls."""
-    if layout.world_size == 1:
-        off_G = blockwise.log_sum_exp(stats.column_max_G, stats.column_sum_G, scale, dtype)
-        return off_G, stats.column_max_G, stats.column_hinge_A, stats.column_active_A
-    max_G = reduce_vector(stats.column_max_G.clone(), layout, dist.ReduceOp.MAX)
-    sum_G = stats.column_sum_G * blockwise.rescale(stats.column_max_G, max_G, scale, dtype)
-    packed = reduce_vector(torch.cat([sum_G, stats.column_hinge_A, stats.column_active_A]), layout, dist.ReduceOp.SUM)
-    sum_G, hinge_AG, active_AG = packed.split([len(max_G), len(stats.column_hinge_A), len(stats.column_active_A)])
-    return blockwise.log_sum_exp(max_G, sum_G, scale, dtype), max_G, hinge_AG, active_AG
+    """(log-sum-exp_B, max_B, hinge_A, active_A) over all ranks of the columns that are this rank's rows; no anchors
+    without a margin. Collective: every rank calls."""
+    max_B, sum_B, *hinges = stats.column_max_G, stats.column_sum_G, stats.column_hinge_A, stats.column_active_A
+    if layout.world_size > 1:
+        # Together, one item for an anchor and its hard pairs: a second exchange would take longer than its bytes.
+        items = [item.view(layout.total // group_rows, -1) for item in (max_B, sum_B, *hinges) if len(item)]
+        parts_WAX = send_to_owners(torch.cat(items, 1), layout, rows_per_item=group_rows)
+        max_WB, sum_WB, *hinges_WA = (part.flatten(1) for part in parts_WAX.split([item.shape[1] for item in items], 2))
+        max_B = max_WB.amax(0)
+        sum_B = (sum_WB * blockwise.rescale(max_WB, max_B, scale, dtype)).sum(0)
+        hinges = [hinge_WA.sum(0) for hinge_WA in hinges_WA] or hinges
+    return blockwise.log_sum_exp(max_B, sum_B, scale, dtype), max_B, *hinges
 
 
 def _softplus(x: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ class _OfTwo(torch.autograd.Function):
         y_GD = gather_rows(y_BD, layout)
         stats = call.options.sweeps.forward_sweep(x_BD, y_GD, **call.settings)
         rows_B = blockwise.log_sum_exp(stats.row_max_B, stats.row_sum_B, call.scale, dtype)
-        columns_B = reduce_columns(stats, call.scale, layout, dtype)[0][layout.own].clone()
+        columns_B = reduce_columns(stats, call.scale, layout, dtype)[0]
         ctx.call, ctx.scale_like = call, (logit_scale.dtype, logit_scale.shape)
         # One rank alone needs the gradient of all rows of y, which are its own, from the same sweep.
         x_GD = gather_rows(x_BD, layout) if layout.world_size > 1 and ctx.needs_input_grad[1] else None

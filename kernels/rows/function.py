@@ -199,6 +199,23 @@ def _start_all_gather(every: Tensor, own: Tensor, process_group: dist.ProcessGro
     return gather(every, own, group=process_group, async_op=True)
 
 
+def send_to_owners(items_GX: Tensor, layout: Layout, *, rows_per_item: int) -> Tensor:
+    """[W, B, X]: what every rank has for this rank's rows, of its [G, X] for all rows. Collective: every rank calls.
+
+    `rows_per_item` as in `gather_rows`.
+    """
+    counts = [count // rows_per_item for count in layout.counts]
+    received = items_GX.new_empty(layout.world_size, counts[layout.rank], items_GX.shape[1])
+    dist.all_to_all_single(
+        received.flatten(0, 1),
+        items_GX.contiguous(),
+        [counts[layout.rank]] * layout.world_size,
+        counts,
+        group=layout.process_group,
+    )
+    return received
+
+
 def reduce_vector(vector: Tensor, layout: Layout, operation: dist.ReduceOp) -> Tensor:
     """All-reduced in place and returned. Collective: every rank calls."""
     if layout.process_group is not None:
