@@ -160,6 +160,10 @@ def check_regime(config: dict[str, Any]) -> None:
             raise ValueError(f"offload_{what}.device=nvme needs ZeRO stage 3, not {stage}; use stage 3, or device=cpu")
         if device == "nvme" and not config["zero_optimization"][f"offload_{what}"].get("nvme_path"):
             raise ValueError(f"offload_{what}.nvme_path is missing: a folder on this node's own NVMe drive")
+    if stage == 0 and enabled == ["torch_autocast"] and config["torch_autocast"].get("dtype") in ("fp16", "float16"):
+        raise ValueError(
+            "torch_autocast.dtype=float16 needs a loss scale, which ZeRO stage 0 has none that could shrink; use stage 1, or bfloat16"
+        )
     if enabled and enabled[0] != "torch_autocast" and stage == 0:
         raise ValueError(
             f"{enabled[0]} weights at ZeRO stage 0 hide the fp32 temperature; use stage 1, or torch_autocast as in ds_configs/cpu.json"

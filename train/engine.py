@@ -22,11 +22,12 @@ from train.checkpoints.tensor_files import PieceFiles, piece_key
 from train.checkpoints.training_state import BUFFER, WEIGHT, Moments, TrainingState, own_range, tensor_shapes
 from train.config import OptimConfig
 from train.distributed import Ranks
-from train.ds_config import check_regime, offload_device, precision
+from train.ds_config import check_regime, offload_device, precision, zero_stage
 from train.models.model import SCALARS, attention_for
 from train.objectives.teacher import Teacher
 from train.schedule import parameter_groups
-from train.supervision.phases import BACKWARD, FORWARD, STEP, Phases, book_reductions
+from train.supervision.phases import BACKWARD, FORWARD, REDUCE, STEP, Phases, book_reductions
+from train.whole_gradients import WholeGradients
 
 
 def check_zero_section(path: str | Path, ds_config: dict[str, Any]) -> None:
@@ -112,7 +113,8 @@ class Engine:
                 "train_batch_size": -(-batch_size // ranks.world_size) * ranks.world_size,
                 "train_micro_batch_size_per_gpu": -(-batch_size // ranks.world_size),
                 "gradient_accumulation_steps": 1,
-                "gradient_clipping": optim.grad_clip_norm,
+                # At ZeRO-0 `WholeGradients` clips.
+                "gradient_clipping": optim.grad_clip_norm if zero_stage(ds_config) else 0.0,
                 "steps_per_print": 2**31,
                 "optimizer": {
                     "type": "AdamW",
@@ -138,12 +140,14 @@ class Engine:
         book_reductions(self.engine, self.phases)
         self.device = ranks.device
         self.stage = self.engine.zero_optimization_stage()
-        # ZeRO and the 16-bit wrappers look for gradients that are not finite themselves; plain ZeRO-0 would step with them.
-        self.checks_gradients = self.stage == 0 and not hasattr(self.optimizer, "overflow")
+        self.whole_gradients = None
+        if self.stage == 0:
+            # DeepSpeed's own way copies them into one piece and back, and steps with what is not finite.
+            self.whole_gradients = WholeGradients(module, self.optimizer, optim.grad_clip_norm)
+            self.engine.enable_backward_allreduce = False
         if self.stage in (1, 2) and not rounds and self.optimizer.compute_grad_norm and not self.optimizer.cpu_offload:
             # DeepSpeed refuses a norm that is not finite just as well: another pass, reduction and wait would say nothing new.
             self.optimizer.check_grad_overflow = False
-        self.whole_norm = math.nan
         self.max_log_scale = math.log(optim.max_logit_scale)
         self.world_size, self.rank = ranks.world_size, ranks.rank
         self.rounds_weights = self.module.clip.logit_scale.dtype != torch.float32
@@ -175,22 +179,28 @@ class Engine:
     def module(self) -> torch.nn.Module:
         return self.engine.module
 
-    def backward_and_step(self, loss: torch.Tensor, learning_rate: float) -> bool:
-        """False when a gradient was not finite, on whichever rank: then nothing has changed."""
-        with self.phases(BACKWARD):
+    def backward_and_step(self, loss: torch.Tensor, learning_rate: float) -> torch.Tensor:
+        """Was the step taken? 0-d, bool. If a gradient was not finite, on whichever rank, nothing has changed."""
+        with self.phases(BACKWARD), self._reducing_whole():
             self._backward(loss)
         with self.phases(STEP):
             return self._step(learning_rate)
 
-    def accumulate_and_step(self, losses: Iterator[torch.Tensor], num_losses: int, learning_rate: float) -> bool:
+    def accumulate_and_step(
+        self, losses: Iterator[torch.Tensor], num_losses: int, learning_rate: float
+    ) -> torch.Tensor:
         """Backward through losses that are made one after the other, one reduction of their summed gradients, one step.
 
-        False when a gradient was not finite, on whichever rank: then nothing has changed.
+        Returns what `backward_and_step` does.
         """
-        # ZeRO would reduce after every backward. At ZeRO-0 and under DeepSpeed's 16-bit wrappers the boundary holds it back instead, and
-        # has to be known before the forward.
+        # ZeRO would reduce after every backward. Under DeepSpeed's 16-bit wrappers the boundary holds it back instead, and has to be
+        # known before the forward.
         coalesces = hasattr(self.engine.optimizer, "_coalesce_grad_reduction")
-        with self.phases(BACKWARD), self.engine.coalesce_grad_reduction() if coalesces else contextlib.nullcontext():
+        with (
+            self.phases(BACKWARD),
+            self._reducing_whole(),
+            self.engine.coalesce_grad_reduction() if coalesces else contextlib.nullcontext(),
+        ):
             for number in range(num_losses):
                 if not coalesces:
                     self.engine.set_gradient_accumulation_boundary(number == num_losses - 1)
@@ -198,33 +208,40 @@ class Engine:
         with self.phases(STEP):
             return self._step(learning_rate)
 
+    @contextlib.contextmanager
+    def _reducing_whole(self) -> Iterator[None]:
+        """At ZeRO-0: gradients of the backward passes inside are summed, over the ranks, too, at the end. ZeRO does it itself."""
+        if self.whole_gradients is not None:
+            self.whole_gradients.clear()
+        yield
+        if self.whole_gradients is not None:
+            with self.phases(REDUCE):
+                self.whole_gradients.add_over_ranks()
+
     def _backward(self, loss: torch.Tensor) -> None:
         # Activation checkpointing runs parts of the forward again in here, and they have to choose the same attention.
         with attention_for(self.device):
-            self.engine.backward(loss)
+            self.engine.backward(loss if self.whole_gradients is None else loss / self.world_size)
 
-    def _step(self, learning_rate: float) -> bool:
+    def _step(self, learning_rate: float) -> torch.Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self.checks_gradients:
-            # Reduced already: every rank sees the same numbers and decides alike.
-            gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-            self.whole_norm = float(torch.nn.utils.get_total_norm(gradients))
-            if not math.isfinite(self.whole_norm):
-                self.engine.zero_grad()
-                return False
+        taken = self.whole_gradients.judge() if self.whole_gradients is not None else None
         self.engine.step()
-        if not self.engine.was_step_applied():
-            return False
+        if taken is None:
+            # ZeRO has waited for the device to decide that.
+            taken = torch.full((), self.engine.was_step_applied(), device=self.device)
+            if not self.engine.was_step_applied():
+                return taken
         self._clamp_log_scales()
         self._refresh_log_scale()
         if self.teacher is not None:
-            self.teacher.update()
-        return True
+            self.teacher.update(taken)
+        return taken
 
     def gradient_norm(self) -> float:
         """Global norm of the gradient of the last step, before clipping; infinite or NaN when a gradient was not finite."""
-        return self.whole_norm if self.checks_gradients else float(self.engine.get_global_grad_norm())
+        return float(self.engine.get_global_grad_norm() if self.whole_gradients is None else self.whole_gradients.norm)
 
     def _owners(self) -> list[tuple[torch.nn.Module, dict[str, torch.Tensor], tuple[str, ...]]]:
         """Who has parameters of one number that 16 bit would round too far: module, where it looks for their exact values, their names."""

@@ -66,10 +66,12 @@ def encode_in_chunks(engine: Engine, batch: RankBatch, micro_batch_size: int) ->
     return chunks
 
 
-def replay_and_step(engine: Engine, chunks: Sequence[CachedChunk], gradients: BatchGradients, rate: float) -> bool:
+def replay_and_step(
+    engine: Engine, chunks: Sequence[CachedChunk], gradients: BatchGradients, rate: float
+) -> torch.Tensor:
     """Carry the features' gradients into the weights chunk by chunk and take one optimizer step. Collective: every rank calls.
 
-    False when a gradient was not finite: then nothing has changed.
+    Returns: was it taken? 0-d, bool. If a gradient was not finite, nothing has changed.
     """
     after = RandomState.now(engine.device)
     with kept_running_statistics(engine.module):

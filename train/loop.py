@@ -46,10 +46,7 @@ def _train(config: TrainConfig, recipe: str, ranks: Ranks, supervisor: Superviso
     for done, batch in enumerate(_batches(parts, supervisor.phases, ranks), start=parts.first_step + 1):
         rate = learning_rate(config.optim, done - 1, parts.num_steps)
         outcome = train_step(engine, config, batch, rate)
-        if outcome.not_finite:
-            parts.skipped.skipped(done, outcome.not_finite, batch, outcome.features)
-        else:
-            parts.skipped.took()
+        parts.skipped.note(done, outcome, batch)
         parts.clock.step_done(batch.global_batch_size)
         parts.replaced.note(done, batch)
         if done % config.log_every_steps == 0 or done == parts.last_step:
@@ -59,6 +56,7 @@ def _train(config: TrainConfig, recipe: str, ranks: Ranks, supervisor: Superviso
         stops = done < parts.last_step and supervisor.stops_after(done)
         if done % config.save_every_steps == 0 or done == parts.last_step or stops:
             with supervisor.phases(CHECKPOINT):
+                parts.skipped.settle()
                 saver.save(done)
         log.step_done()
         if stops:
@@ -89,6 +87,7 @@ def _batches(parts: RunParts, phases: Phases, ranks: Ranks) -> Iterator[RankBatc
 
 def _row(parts: RunParts, step: int, rate: float, outcome: StepOutcome, batch: RankBatch) -> dict[str, float | None]:
     """A line of metrics.jsonl. Collective: every rank calls."""
+    parts.skipped.settle()
     return {
         **position(step, parts.dataset),
         "learning_rate": rate,

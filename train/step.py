@@ -27,8 +27,15 @@ class StepOutcome:
     scalars: tuple[torch.Tensor, ...]
     """the scale, and the bias of a model that learns one"""
     features: tuple[torch.Tensor, torch.Tensor]
-    not_finite: str
-    """"loss" or "gradient" when that was not finite, then nothing has changed; empty when the step was taken"""
+    taken: torch.Tensor
+    """0-d, bool: did the weights take it? If not, something was not finite and nothing has changed"""
+
+    @property
+    def not_finite(self) -> str:
+        """ "loss" or "gradient" when that was not finite; empty when the step was taken. Waits for the device."""
+        if self.taken:
+            return ""
+        return "gradient" if math.isfinite(self.terms.loss.item()) else "loss"
 
     def values(self) -> dict[str, float]:
         """Every term of the loss by its name. Waits for the device."""
@@ -42,7 +49,7 @@ def train_step(engine: Engine, config: TrainConfig, batch: RankBatch, rate: floa
 
     The loss is the same number on every rank, and so is what a reduced gradient holds, so all skip together. Nothing is read from the
     device here. What waits for it all the same, once a step each: the loss's operation, for its scalars, the ranks' row counts and the
-    number of its hardest pairs; the engine, for the answer, finite or not, before it steps. Collective: every rank calls.
+    number of its hardest pairs; and ZeRO from stage 1 on, for the answer, finite or not, before it steps. Collective: every rank calls.
     """
     if not config.objective.towers_alone:
         return objective_train_step(engine, config, batch, rate)
@@ -53,9 +60,7 @@ def train_step(engine: Engine, config: TrainConfig, batch: RankBatch, rate: floa
         terms = batch_loss(config, image_BD, text_BD, scalars)
     taken = engine.backward_and_step(terms.loss * one_if_finite(terms.loss), rate)
     detached = tuple(scalar.detach() for scalar in scalars)
-    return StepOutcome(
-        terms, detached, (image_BD.detach(), text_BD.detach()), "" if taken else what_is_not_finite(terms)
-    )
+    return StepOutcome(terms, detached, (image_BD.detach(), text_BD.detach()), taken)
 
 
 def cached_train_step(engine: Engine, config: TrainConfig, batch: RankBatch, rate: float) -> StepOutcome:
@@ -68,9 +73,7 @@ def cached_train_step(engine: Engine, config: TrainConfig, batch: RankBatch, rat
     one = one_if_finite(gradients.terms.loss)
     scaled = replace(gradients, d_image_BD=gradients.d_image_BD * one, d_text_BD=gradients.d_text_BD * one)
     taken = replay_and_step(engine, chunks, scaled, rate)
-    return StepOutcome(
-        gradients.terms, scalars, (image_BD, text_BD), "" if taken else what_is_not_finite(gradients.terms)
-    )
+    return StepOutcome(gradients.terms, scalars, (image_BD, text_BD), taken)
 
 
 def objective_train_step(engine: Engine, config: TrainConfig, batch: RankBatch, rate: float) -> StepOutcome:
@@ -79,8 +82,4 @@ def objective_train_step(engine: Engine, config: TrainConfig, batch: RankBatch, 
         step = cached_step(engine, batch, rate, config.micro_batch_size)
     else:
         step = whole_step(engine, batch, rate)
-    return StepOutcome(step.terms, step.scalars, step.features, "" if step.taken else what_is_not_finite(step.terms))
-
-
-def what_is_not_finite(terms: Terms | ObjectiveTerms) -> str:
-    return "gradient" if math.isfinite(terms.loss.item()) else "loss"
+    return StepOutcome(step.terms, step.scalars, step.features, step.taken)

@@ -80,14 +80,15 @@ class Ours:
             self.done += 1
             rate = learning_rate(OPTIM, self.done, 10**6)
             outcome = train_step(self.engine, self.config, batch, rate)
-            if outcome.not_finite:
-                raise RuntimeError(f"the {outcome.not_finite} is not finite: this measures nothing")
-            self.skipped.took()
+            self.skipped.note(self.done, outcome, batch)
             if self.supervisor.stops_after(self.done):
                 raise RuntimeError("told to stop")
             self.clock.step_done(batch.global_batch_size)
             if self.done % LOG_EVERY == 0:
                 with self.phases(LOGGING):
+                    self.skipped.settle()
+                    if self.skipped.num_steps:
+                        raise RuntimeError("a loss or gradient is not finite: this measures nothing")
                     figures = self.clock.take()
                     self.figures.append(figures)
                     self.log.write({"step": self.done, **measurements(outcome, self.engine, batch), **figures})

@@ -31,7 +31,8 @@ class ObjectiveStep:
     scalars: Tensors
     features: Tensors
     """image and text features [B, D] of the weak view"""
-    taken: bool
+    taken: torch.Tensor
+    """0-d, bool"""
 
 
 def views_of(batch: RankBatch) -> tuple[Tensors, Tensors]:

@@ -51,10 +51,12 @@ class Teacher:
             self.averages[held.name, held.start] = average.copy_(held.tensor.reshape(-1))
         self._refresh()
 
-    def update(self) -> None:
-        """Follow the weights of a step that was taken. Collective: every rank calls."""
+    def update(self, taken: torch.Tensor) -> None:
+        """Follow the weights of a step, if it was taken (0-d, bool). Collective: every rank calls."""
+        # By a weight that is zero otherwise: to ask, the host would wait for the device.
+        share = (1 - self.momentum) * taken
         for held in self._masters():
-            self.averages[held.name, held.start].lerp_(held.tensor.reshape(-1), 1 - self.momentum)
+            self.averages[held.name, held.start].lerp_(held.tensor.reshape(-1), share.to(held.tensor))
         self._refresh()
 
     def outputs(

@@ -30,10 +30,11 @@ AUTOCAST_LAYERS = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.C
 # fp32 arrays of a tile of the loss, and numbers that it keeps for each row: kernels' blockwise backend at its largest tile.
 TILE_BYTES, ROW_BYTES = 4 * 512 * 1024 * FP32, 16 * FP32
 
-ACTIVATIONS, GATHERED, GRADIENTS, LOSS, STEP_COPIES = (
+ACTIVATIONS, GATHERED, GRADIENTS, GRADIENT_BUFFER, LOSS, STEP_COPIES = (
     "activations",
     "gathered weights, at most",
     "gradients",
+    "gradients, in one buffer",
     "loss workspace",
     "copies for the optimizer's step",
 )
@@ -233,13 +234,16 @@ def _states(
         (host if offload_device(ds_config, "param") != "none" else device)["weights"] = sharded
         live = min(num_weights - size.num_small, zero.get("stage3_max_live_parameters", LIVE_PARAMETERS))
         device[GATHERED] = (width * live if world_size > 1 or "weights" in host else 0) + size.num_buffer_bytes
-    # A step of several micro-batches sums whole gradients before it reduces them once. ZeRO averages into its share and copies that to
-    # fp32; without ZeRO gradients are copied into one piece to be reduced. AdamW is fused and needs nothing more.
-    own = 0 if stage == 0 else width * share
-    device[GRADIENTS] = width * (size.num_trained if stage < 2 or num_chunks > 1 else 0) + own
-    copies = FP32 * (share if stage else size.num_trained)
     away = host if offload_device(ds_config, "optimizer") != "none" else device
-    away["optimizer"], away[STEP_COPIES] = optimizer, copies
+    away["optimizer"] = optimizer
+    if stage == 0:
+        # Kept from step to step (train.whole_gradients).
+        device[GRADIENT_BUFFER] = FP32 * size.num_trained
+    else:
+        # A step of several micro-batches sums whole gradients before it reduces them once. ZeRO averages into its share and copies that
+        # to fp32. AdamW is fused and needs nothing more.
+        device[GRADIENTS] = width * (size.num_trained if stage < 2 or num_chunks > 1 else 0) + width * share
+        away[STEP_COPIES] = FP32 * share
     if size.has_teacher:
         # Its average lies as the masters do; what forward uses is whole on every rank.
         device[TEACHER] = width * num_weights + (FP32 * share if stage else 0)
@@ -275,5 +279,6 @@ def _wire(
         "features": rows * size.feature_widths * FP32 * (world_size - 1),
         # A sum over ranks of what each holds a share of.
         **({"teacher's weights": int(2 * part * width * size.num_trained)} if size.has_teacher and stage else {}),
-        "loss": int(part * config.batch_size * 8 * FP32 * 2),
+        # Two numbers of a column to the rank that has its row, eight of a row to all, in float64.
+        "loss": int(part * config.batch_size * (2 + 8) * 2 * FP32),
     }
