@@ -29,7 +29,8 @@ METADATA_KEY = b"hardpair"
 COSINES = ("image_similarity", "text_similarity", "image_to_text", "text_to_image", "alignment")
 SCHEMA = pa.schema(
     [
-        ("cause", pa.dictionary(pa.int8(), pa.string())),
+        # Not a dictionary: every cause would bring its own, and readers refuse to group by those.
+        ("cause", pa.string()),
         ("anchor", pa.int64()),
         ("other", pa.int64()),
         ("num_excluded", pa.int64()),
@@ -153,7 +154,7 @@ def ledger_rows(
     if store.alignment_N is not None and cause != NOISE[0]:
         cosines["alignment"] = store.alignment_N[anchor_S]
     columns = {
-        "cause": pa.DictionaryArray.from_arrays(np.zeros(len(anchor_S), np.int8), [cause]),
+        "cause": pa.repeat(pa.scalar(cause), len(anchor_S)),
         "anchor": anchor_S,
         "other": pa.array(other_S, mask=other_S == NO_PAIR),
         "num_excluded": number_S,

@@ -2,6 +2,8 @@
 
 import collections
 import itertools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -195,6 +197,20 @@ def test_ledger_lists_every_pair_that_is_out_with_its_cosines(store, table):
         assert row["alignment"] == store.alignment_N[i]
     counts = {cause: {"listed": len(rows), "of": len(rows)} for cause, rows in by_cause.items() if rows}
     assert ledger_counts(read_ledger(table.path)) == counts == read_summary(table.path)["ledger"]
+    # As whoever audits it would begin.
+    grouped = read_ledger(table.path).group_by("cause").aggregate([("anchor", "count")]).to_pylist()
+    assert {row["cause"]: row["anchor_count"] for row in grouped} == {
+        cause: rows["of"] for cause, rows in counts.items()
+    }
+
+
+def test_helip_defect_12_every_file_that_the_readme_lists_is_there_and_no_other(table):
+    readme = (Path(mining.pruning.__file__).parent / "README.md").read_text(encoding="utf-8")
+    rows = readme.split("| PairTable `NAME/` | |")[1].split("\n\n")[0].strip().splitlines()[1:]
+    documented = {name for row in rows for name in re.findall(r"`(\w+\.\w+)`", row.split("|")[1])}
+    assert len(documented) == 17
+    # Written by train.reorder alone.
+    assert {path.name for path in table.path.iterdir()} == documented - {"old_ids.npy"}
 
 
 def test_ledger_over_its_limit_is_thinned_evenly_and_says_so(store, table, tmp_path):
