@@ -53,6 +53,10 @@ def test_shipped_configurations_are_accepted_and_documented(path):
         ),
         ({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, "use stage 1, or torch_autocast"),
         (
+            {"torch_autocast": {"enabled": True, "dtype": "float16"}},
+            "float16 needs a loss scale .*; use stage 1, or bfloat16",
+        ),
+        (
             {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
             "offload_optimizer needs sharded optimizer states, and ZeRO stage 0 has none; use stage 1 or higher",
         ),

@@ -162,7 +162,7 @@ def check_regime(config: dict[str, Any]) -> None:
             raise ValueError(f"offload_{what}.nvme_path is missing: a folder on this node's own NVMe drive")
     if stage == 0 and enabled == ["torch_autocast"] and config["torch_autocast"].get("dtype") in ("fp16", "float16"):
         raise ValueError(
-            "torch_autocast.dtype=float16 needs a loss scale, which ZeRO stage 0 has none that could shrink; use stage 1, or bfloat16"
+            "torch_autocast.dtype=float16 needs a loss scale that follows the gradients, which ZeRO stage 0 lacks; use stage 1, or bfloat16"
         )
     if enabled and enabled[0] != "torch_autocast" and stage == 0:
         raise ValueError(

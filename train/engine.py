@@ -116,6 +116,8 @@ class Engine:
                 # At ZeRO-0 `WholeGradients` clips.
                 "gradient_clipping": optim.grad_clip_norm if zero_stage(ds_config) else 0.0,
                 "steps_per_print": 2**31,
+                # It would wait for the device at both ends of every step; `StepClock` tells the throughput.
+                "timers": {"throughput": {"enabled": False}},
                 "optimizer": {
                     "type": "AdamW",
                     "params": {

@@ -30,22 +30,34 @@ class BatchGradients:
 
 
 def batch_loss(
-    config: TrainConfig, image_BD: torch.Tensor, text_BD: torch.Tensor, scalars: Sequence[torch.Tensor]
+    config: TrainConfig,
+    image_BD: torch.Tensor,
+    text_BD: torch.Tensor,
+    scalars: Sequence[torch.Tensor],
+    rows_per_rank: Sequence[int] = (),
 ) -> Terms:
-    """The differentiable loss of all ranks' rows; scalars: scale, and bias with the sigmoid loss. Collective: every rank calls."""
+    """The differentiable loss of all ranks' rows; scalars: scale, and bias with the sigmoid loss; rows_per_rank as in `RankBatch`.
+
+    Collective: every rank calls.
+    """
     operation = kernels.sigmoid_contrastive_loss if config.loss.kind == "sigmoid" else kernels.contrastive_loss
-    return operation(image_BD, text_BD, *scalars, **_options(config))
+    return operation(image_BD, text_BD, *scalars, rows_per_rank=rows_per_rank, **_options(config))
 
 
 def batch_gradients(
-    config: TrainConfig, image_BD: torch.Tensor, text_BD: torch.Tensor, scalars: Sequence[torch.Tensor]
+    config: TrainConfig,
+    image_BD: torch.Tensor,
+    text_BD: torch.Tensor,
+    scalars: Sequence[torch.Tensor],
+    rows_per_rank: Sequence[int] = (),
 ) -> BatchGradients:
     """The same loss with its gradients, without autograd. Collective: every rank calls."""
+    options = {"rows_per_rank": rows_per_rank, **_options(config)}
     if config.loss.kind == "sigmoid":
-        found = kernels.sigmoid_contrastive_gradients(image_BD, text_BD, *scalars, **_options(config))
+        found = kernels.sigmoid_contrastive_gradients(image_BD, text_BD, *scalars, **options)
         d_scalars = (found.d_logit_scale, found.d_logit_bias)
     else:
-        found = kernels.contrastive_gradients(image_BD, text_BD, *scalars, **_options(config))
+        found = kernels.contrastive_gradients(image_BD, text_BD, *scalars, **options)
         d_scalars = (found.d_logit_scale,)
     return BatchGradients(found.terms, found.d_image_BD, found.d_text_BD, d_scalars)
 

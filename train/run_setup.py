@@ -29,7 +29,7 @@ from train.objectives.towers_and_heads import build_towers, has_teacher
 from train.planning.flops import step_cost
 from train.records.metrics import MetricsLog, StepClock
 from train.records.run_manifest import write_run_manifest
-from train.records.same_run import check_same_data, check_same_run
+from train.records.same_run import check_ranks_agree, check_same_data, check_same_run
 from train.supervision.phases import Phases
 from train.supervision.skipped import SkippedSteps
 from train.views import Views
@@ -64,6 +64,7 @@ def set_up(config: TrainConfig, recipe: str, ranks: Ranks, phases: Phases, stop_
     seed_generators(config.seed)
     ds_config = read_ds_config(config.ds_config)
     check_zero_section(config.ds_config, ds_config)
+    check_ranks_agree(config, ds_config, ranks)
     if saved_steps(run):
         check_same_run(run, config)
     model, preprocess = build_model(config.model, config.loss.kind, say=print if ranks.is_main else no_words)

@@ -47,9 +47,9 @@ class StepOutcome:
 def train_step(engine: Engine, config: TrainConfig, batch: RankBatch, rate: float) -> StepOutcome:
     """Forward, loss over all ranks' rows, backward, optimizer step. What is not finite changes nothing.
 
-    The loss is the same number on every rank, and so is what a reduced gradient holds, so all skip together. Nothing is read from the
-    device here. What waits for it all the same, once a step each: the loss's operation, for its scalars, the ranks' row counts and the
-    number of its hardest pairs; and ZeRO from stage 1 on, for the answer, finite or not, before it steps. Collective: every rank calls.
+    The loss is the same number on every rank, and so is what a reduced gradient holds, so all skip together. The host reads nothing from
+    the device here, except: ZeRO from stage 1 on reads the gradient's norm before it steps; objectives with heads have ranks compare row
+    counts and scalars in each of their losses. Collective: every rank calls.
     """
     if not config.objective.towers_alone:
         return objective_train_step(engine, config, batch, rate)
@@ -57,7 +57,7 @@ def train_step(engine: Engine, config: TrainConfig, batch: RankBatch, rate: floa
         return cached_train_step(engine, config, batch, rate)
     image_BD, text_BD, *scalars = engine.forward(batch.image_BCHW, batch.text_BL)
     with engine.phases(LOSS):
-        terms = batch_loss(config, image_BD, text_BD, scalars)
+        terms = batch_loss(config, image_BD, text_BD, scalars, batch.rows_per_rank)
     taken = engine.backward_and_step(terms.loss * one_if_finite(terms.loss), rate)
     detached = tuple(scalar.detach() for scalar in scalars)
     return StepOutcome(terms, detached, (image_BD.detach(), text_BD.detach()), taken)
@@ -69,7 +69,7 @@ def cached_train_step(engine: Engine, config: TrainConfig, batch: RankBatch, rat
     image_BD, text_BD = (torch.cat([getattr(chunk, name) for chunk in chunks]) for name in ("image_BD", "text_BD"))
     scalars = chunks[0].scalars
     with engine.phases(LOSS):
-        gradients = batch_gradients(config, image_BD, text_BD, scalars)
+        gradients = batch_gradients(config, image_BD, text_BD, scalars, batch.rows_per_rank)
     one = one_if_finite(gradients.terms.loss)
     scaled = replace(gradients, d_image_BD=gradients.d_image_BD * one, d_text_BD=gradients.d_text_BD * one)
     taken = replay_and_step(engine, chunks, scaled, rate)

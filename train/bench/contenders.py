@@ -225,6 +225,7 @@ def batches_in_memory(settings: dict[str, Any], ranks: Ranks, ours: Ours) -> lis
             torch.arange(rows),
             settings["batch_size"],
             0,
+            rows_per_rank=(rows,) * ranks.world_size,
         )
         for _ in range(BATCHES_IN_MEMORY)
     ]

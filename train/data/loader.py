@@ -47,6 +47,8 @@ class RankBatch:
     """uint8 [B, 3, H, W] each: strong views of the same pictures, in order; H and W may be others than the weak view's"""
     strong_texts: tuple[torch.Tensor, ...] = ()
     """int64 [B, L] each: strong views of the captions, in order"""
+    rows_per_rank: tuple[int, ...] = ()
+    """rows of every rank; empty where they are not known: then the loss asks, and waits for the device"""
 
     def pin_memory(self) -> "RankBatch":
         pinned = {name: getattr(self, name).pin_memory() for name in ("image_BCHW", "text_BL", "pair_ids_B")}
@@ -114,6 +116,7 @@ class StepDataset(Dataset[RankBatch]):
             int(batch.is_substitute_AP.sum()),
             strong_images=tuple(strong_images),
             strong_texts=tuple(strong_texts),
+            rows_per_rank=tuple(batch.rank_slice(rank, self.world_size).size for rank in range(self.world_size)),
         )
 
     def samples_seen(self, num_steps: int) -> int:

@@ -9,6 +9,8 @@ Nothing here knows about workers or files, ranks only cut a batch: a run resumes
 Memory is O(shards + lanes * block), not O(samples).
 """
 
+import itertools
+
 import numpy as np
 
 
@@ -45,12 +47,18 @@ class StreamOrder:
         """Samples of the epoch before this step, 0 <= step <= num_steps."""
         return step * self.num_samples // self.num_steps
 
+    def rows_per_rank(self, step: int, world_size: int) -> tuple[int, ...]:
+        num_rows = self.border(step + 1) - self.border(step)
+        borders = [rank * num_rows // world_size for rank in range(world_size + 1)]
+        return tuple(last - first for first, last in itertools.pairwise(borders))
+
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
         """Sample ids of this rank's rows of the step, int64. Sizes of ranks differ by at most one."""
         positions = np.arange(self.border(step), self.border(step + 1))
         # Ordered by lane: a rank's share is a few lanes.
         positions = positions[np.argsort(positions % self.lanes, kind="stable")]
-        positions = positions[rank * len(positions) // world_size : (rank + 1) * len(positions) // world_size]
+        first = sum(self.rows_per_rank(step, world_size)[:rank])
+        positions = positions[first : first + self.rows_per_rank(step, world_size)[rank]]
         # Position p of the epoch is place p // lanes of lane p % lanes; the first lanes are longer by one where it does not come out even.
         lanes, places = positions % self.lanes, positions // self.lanes
         sequence = np.empty_like(positions)

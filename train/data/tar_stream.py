@@ -96,6 +96,7 @@ class TarStream(Dataset[RankBatch]):
             tuple(undecodable),
             tuple(strong_images),
             tuple(strong_texts),
+            self.order.rows_per_rank(step_of_epoch, self.world_size),
         )
 
     def samples_seen(self, num_steps: int) -> int:

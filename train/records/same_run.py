@@ -1,11 +1,13 @@
-"""Whether a run that is there can be gone on with: the same settings, the same data."""
+"""Whether a run that is there can be gone on with: the same settings, the same data; and whether all ranks were given the same."""
 
 import json
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from train.config import TrainConfig
+from train.distributed import Ranks, from_main
 
 # Fields that may change between the parts of one run.
 FREE_FIELDS = {
@@ -27,6 +29,8 @@ FREE_FIELDS = {
 
 # The same of `data`.
 FREE_DATA_FIELDS = {"workers", "shard_index", "cache"}
+# What a node may have of its own.
+FIELDS_OF_A_NODE, DATA_FIELDS_OF_A_NODE = {"ds_config", "device", "threads"}, {"workers", "cache"}
 # What `identity` of a data set says that decides its content.
 DATA_IDENTITY = ("store_fingerprint", "shards_fingerprint", "pairs_fingerprint")
 
@@ -61,6 +65,20 @@ def check_same_data(run: Path, identity: dict[str, Any]) -> None:
                 f"{run} was started with {name}={then[:12]}, the data have {now[:12]} now: they were changed since; "
                 "put the old ones back or give another --out"
             )
+
+
+def check_ranks_agree(config: TrainConfig, ds_config: dict[str, Any], ranks: Ranks) -> None:
+    """Raises ValueError on a rank whose settings are not those of rank 0: they would meet in no collective, or train on other losses.
+
+    Collective: every rank calls.
+    """
+    settings = {name: value for name, value in asdict(config).items() if name not in FIELDS_OF_A_NODE}
+    settings["data"] = {name: value for name, value in settings["data"].items() if name not in DATA_FIELDS_OF_A_NODE}
+    digest = zlib.crc32(json.dumps([to_json(settings), ds_config], sort_keys=True).encode())
+    if from_main(digest) != digest:
+        raise ValueError(
+            f"rank {ranks.rank} has other flags than rank 0, or another DeepSpeed JSON; start all ranks with the same command"
+        )
 
 
 def to_json(value: Any) -> Any:
