@@ -6,10 +6,12 @@ import os
 import re
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from mining import PairTable
 from mining.gallery import MdsPictures
@@ -17,7 +19,11 @@ from mining.main import main as gallery
 from mining.remote_folder import RemoteFolder, RetryPolicy
 from tests.sftp_server import SftpServer, running
 from tests.tar_shards import image_bytes, ingest, sample, wait_until, write_tar
+from tests.tiny_world import tiny_table
+from train.config import AugmentConfig, DataConfig
+from train.data.loader import RankBatch, StepDataset, step_loader
 from train.data.pair_store import PairStore
+from train.models.model import build_tokenizer
 
 NUM_SHARDS, PAIRS_PER_SHARD = 4, 4
 NUM_PAIRS = NUM_SHARDS * PAIRS_PER_SHARD
@@ -121,6 +127,39 @@ def test_server_killed_during_a_transfer_is_waited_for(local, server, tmp_path, 
     assert len(pauses()) >= 3
     assert pauses() == [min(0.1 * 2**number, 1.0) for number in range(len(pauses()))]
     assert downloads(tmp_path / "cache") == []
+
+
+@pytest.mark.slow
+def test_workers_read_anchors_and_partners_of_a_remote_whose_server_comes_back(local, server, tmp_path):
+    tiny_table(tmp_path / "pairs", local)
+
+    def batches(**data) -> Iterator[RankBatch]:
+        dataset = StepDataset(
+            DataConfig(pairs=str(tmp_path / "pairs"), hard_per_anchor=1, **data),
+            AugmentConfig(),
+            batch_size=8,
+            seed=0,
+            rank=0,
+            world_size=1,
+            image_size=(32, 32),
+            tokenizer=build_tokenizer("pocket-rn"),
+        )
+        # Past the end of the first epoch.
+        return step_loader(dataset, start_step=0, stop_step=6, workers=2, pin_memory=False)
+
+    with running(server):
+        loader = batches(store=server.url, cache=str(tmp_path / "cache"))
+        server.kill()
+        comes_back = threading.Timer(1.0, server.start)
+        comes_back.start()
+        remote = list(loader)
+        comes_back.join()
+        travelled = [name for name in server.opened() if name.endswith(".mds")]
+    assert sorted(travelled) == sorted({name for name in files_of(local.path) if name.endswith(".mds")})
+    for one, other in zip(remote, batches(store=str(local.path)), strict=True):
+        assert torch.equal(one.pair_ids_B, other.pair_ids_B)
+        assert torch.equal(one.image_BCHW, other.image_BCHW)
+        assert torch.equal(one.text_BL, other.text_BL)
 
 
 def test_server_that_falls_silent_is_given_up_and_asked_again(local, server, tmp_path, caplog):
