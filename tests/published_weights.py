@@ -189,6 +189,16 @@ def rocket(visual: Tensors, width: int, dim: int = 32) -> Tensors:
     }
 
 
+def declip_projector(generator: torch.Generator, dim: int, width: int) -> Tensors:
+    weights = {}
+    for number in (1, 2, 3):
+        weights |= drawn(generator, weight=(width, dim if number == 1 else width), bias=(width,))
+        weights[f"projector.linear{number}.weight"] = weights.pop("weight")
+        weights[f"projector.linear{number}.bias"] = weights.pop("bias")
+        weights |= batch_norm_weights(generator, f"projector.bn{number}", width)
+    return weights
+
+
 def declip(visual: Tensors, dim: int = 32) -> Tensors:
     """DeCLIP's: the text tower under encode_text, one token more, a bias in its projection, logit_scale of shape [1]."""
     generator = torch.Generator().manual_seed(5)
@@ -198,7 +208,10 @@ def declip(visual: Tensors, dim: int = 32) -> Tensors:
         **visual,
         **prefixed("encode_text.", text),
         "logit_scale": torch.tensor([2.9]),
-        **drawn(generator, projector__linear1__weight=(32, dim), predictor__layer2__weight=(dim, 32)),
+        **drawn(generator, predictor__linear1__weight=(24, 32), predictor__linear1__bias=(24,)),
+        **drawn(generator, predictor__layer2__weight=(32, 24), predictor__layer2__bias=(32,)),
+        **batch_norm_weights(generator, "predictor.bn1", 24),
+        **declip_projector(generator, dim, 32),
         **drawn(generator, text_label_predictor__weight=(49409, 64), text_label_predictor__bias=(49409,)),
     }
 

@@ -270,7 +270,7 @@ def test_cached_features_equal_fresh_ones_and_follow_the_checkpoint(encoder, sha
     files = sorted(path.name for path in folder.iterdir())
     other = LoadedModel(
         encoder.loaded.model, lambda image: encoder.loaded.preprocess(image) * 0, encoder.loaded.tokenizer, "x", "1",
-        encoder.loaded.folder,
+        encoder.loaded.source,
     )  # fmt: skip
     changed = encode_with_cache(Encoder(other, batch_size=8), source, fields, folder, title="x")
     assert not torch.equal(changed.image_ND, fresh.image_ND)

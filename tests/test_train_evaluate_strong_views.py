@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests import published_weights as published
 from tests.tar_shards import sample, write_tar
 from tests.tiny_world import SHAPES, drawing
 from train.config import ObjectiveConfig, TrainConfig
 from train.evaluate.__main__ import main
+from train.export import ExportConfig, export
 from train.models.model import LoadedModel, ModelConfig, build_model, load_model, save_model
 from train.models.trunk_features import encode_image, encode_text, tower_widths
 from train.objectives import build_objective
@@ -176,3 +178,61 @@ def test_heads_that_do_not_fit_their_settings_are_refused(world):
     (broken / "objective.json").write_text(json.dumps({**settings, "head_dim": 5}), encoding="utf-8")
     with pytest.raises(ValueError, match=r"objective\.safetensors does not hold the heads"):
         main(flags(world, broken))
+
+
+@pytest.fixture(scope="module")
+def rocket(world) -> dict[str, torch.Tensor]:
+    """CLIP-rocket's state dict at tiny size, in a file as its code writes it; normalisations that spread the drawings."""
+    visual = published.timm_vit(torch.Generator().manual_seed(2), 128, 1, 8, 32)
+    weights = published.rocket(visual, 128)
+    for name in (
+        "visual.pos_embed",
+        "visual.patch_embed.proj.weight",
+        "positional_embedding",
+        "token_embedding.weight",
+    ):
+        weights[name] = weights[name] * 50
+    torch.save({"state_dict": published.prefixed("module.", weights)}, world / "rocket.pt")
+    return weights
+
+
+def published_similarities(weights: dict[str, torch.Tensor], checkpoint: Path, world: Path) -> list[torch.Tensor]:
+    """[weak, strong] of the pictures and the captions, by the documented architecture in float64."""
+    loaded = load_model(checkpoint)
+    tokens = loaded.tokenizer([caption(number) for number in range(NUM_PICTURES)])
+    trunks = {
+        "image": published.timm_vit_features(weights, pictures_of(loaded, world), 2),
+        "text": published.text_features(weights, tokens, tokens.argmax(1), torch.eye(64)),
+    }
+    double = {name: tensor.double() for name, tensor in weights.items()}
+    weak = [F.normalize(rows @ double[f"{tower}_projector.weight"].T, dim=1) for tower, rows in trunks.items()]
+    strong = [strong_head(double, f"l2l_{tower}_projector", rows) for tower, rows in trunks.items()]
+    return [image @ text.T for image, text in (weak, strong)]
+
+
+@pytest.mark.parametrize("form", ["file", "export"])
+def test_published_weights_are_measured_with_their_strong_heads(world, rocket, form, capsys):
+    checkpoint, out = world / "rocket.pt", world / "evaluations" / "drawings_rocket.json"
+    if form == "export":
+        export(ExportConfig(checkpoint=str(checkpoint), out=str(world / "rocket")))
+        checkpoint, out = world / "rocket", world / "rocket" / "evaluations" / "drawings.json"
+    main(flags(world, checkpoint))
+    assert "weight of the weak" in capsys.readouterr().out
+    result = json.loads(out.read_text(encoding="utf-8"))
+    weak, strong = published_similarities(rocket, checkpoint, world)
+    own = torch.arange(NUM_PICTURES)[:, None]
+    mixed = result["details"]["retrieval/txt"]["interpolation"]
+    found = [metrics["image_to_text_r5"]["value"] for metrics in mixed.values()]
+    wanted = [
+        ((tenth * weak + (10 - tenth) * strong).topk(5).indices == own).any(1).double().mean().item()
+        for tenth in range(1, 10)
+    ]
+    assert found == pytest.approx(wanted, abs=1e-12)
+    assert len(set(found)) > 2, "weights that all say the same would prove nothing"
+
+
+def test_published_heads_of_other_layers_are_refused(world, rocket):
+    fewer = {name: tensor for name, tensor in rocket.items() if not name.startswith("l2l_text_projector.bn2")}
+    torch.save({"state_dict": fewer}, world / "fewer.pt")
+    with pytest.raises(ValueError, match=r"fewer\.pt: its l2l_text_projector is not the three layers"):
+        main(flags(world, world / "fewer.pt"))

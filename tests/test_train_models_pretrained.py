@@ -11,12 +11,14 @@ from safetensors.torch import save_file
 
 from tests import published_weights as published
 from tests.tiny_world import tiny_store, train_here, training_flags
-from train.config import ModelConfig
+from train.config import ModelConfig, ObjectiveConfig, TrainConfig
 from train.models.model import build_model, build_tokenizer, load_model, resolve, save_model
 from train.models.pretrained import declip, native, read_pretrained
 from train.models.pretrained.reading import Tensors, read_tensors
 from train.models.pretrained.translated import IMAGENET_MEAN, OPENAI_MEAN
+from train.models.published_heads import take_over_published_heads
 from train.models.timm_vit import VitGeometry
+from train.objectives import TowerWidths, build_objective
 
 CAPTIONS = ["a red square", "two dogs in the snow, seen from above, running after a ball that is not there", ""]
 SIZE = 32
@@ -148,11 +150,27 @@ def test_declips_tokens_projection_bias_and_mask(tmp_path):
     assert model.logit_scale.item() == pytest.approx(2.9)
     assert tuple(preprocess.mean) == IMAGENET_MEAN
     assert "predictor" in said
-    predictor = weights["text_label_predictor.weight"]
-    ours = declip.reordered_heads(read_pretrained(tmp_path / "declip.pth.tar", "ViT-B-16", is_default=True).left)
-    rows = ours["text_label_predictor.weight"]
-    assert torch.equal(rows[[5, 49406, 49407, 49408]], predictor[[5, 49407, 49408, 49406]])
-    assert torch.equal(ours["predictor.layer2.weight"], weights["predictor.layer2.weight"])
+
+
+def test_declips_heads_are_taken_over_whole_with_the_masks_embedding(tmp_path):
+    weights = published.declip(published.openai_vit(torch.Generator().manual_seed(4), 128, 1, 8, SIZE, 32))
+    torch.save({"model": weights}, tmp_path / "declip.pth.tar")
+    settings = ObjectiveConfig(name="declip", num_strong_views=1, declip_dim=32, declip_width=24, queue_length=4)
+    objective = build_objective(TrainConfig(objective=settings), TowerWidths(128, 64, 32, vocabulary=49409))
+    said = take_over_published_heads(objective, resolve(ModelConfig(pretrained=str(tmp_path / "declip.pth.tar"))))
+    assert said.endswith("new: text_queue, queue_place")
+    rows, theirs = objective.text_label_predictor.weight, weights["text_label_predictor.weight"]
+    assert torch.equal(rows[[5, 49406, 49407, 49408]], theirs[[5, 49407, 49408, 49406]])
+    assert torch.equal(objective.word_mask.weight[0], weights["encode_text.token_embedding.weight"][49406])
+    rows_BD = torch.randn(3, 32, dtype=torch.float64)
+    hidden = rows_BD
+    for number in (1, 2, 3):
+        layer, norm = (published.below(weights, f"projector.{kind}{number}.") for kind in ("linear", "bn"))
+        hidden = hidden @ layer["weight"].T + layer["bias"]
+        hidden = (hidden - norm["running_mean"]) / (norm["running_var"] + 1e-5).sqrt() * norm["weight"] + norm["bias"]
+        hidden = hidden.relu() if number < 3 else hidden
+    with torch.no_grad():
+        torch.testing.assert_close(objective.double().eval().projector(rows_BD), hidden, rtol=1e-9, atol=1e-9)
 
 
 def test_declips_resnet_leaves_the_layer_that_it_does_not_use(tmp_path):

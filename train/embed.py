@@ -22,7 +22,8 @@ class EmbedConfig:
     """Embed every pair of a store."""
 
     checkpoint: str
-    """run folder, checkpoint folder or export folder of the model"""
+    """run folder, checkpoint folder or export folder of the model, or a file of published weights (open_clip, OpenAI, SLIP, LaCLIP,
+    CLIP-rocket, DeCLIP)"""
     store: str
     """PairStore folder, or the URL of one in remote storage"""
     out: str
@@ -38,6 +39,8 @@ class EmbedConfig:
     """data loading processes of each rank"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPUs when there are any"""
+    model_name: str = ""
+    """of a file of published weights: its architecture, where the weights alone don't say (as --model.name in training)"""
     threads: int = 0
     """CPU threads of each rank; 0 leaves the choice to torch"""
     hang_timeout_s: float = 900.0
@@ -50,9 +53,9 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError(f"batch_size={config.batch_size} must be at least 1")
     if not config.hang_timeout_s > 0:
         raise ValueError(f"hang_timeout_s={config.hang_timeout_s} must be positive seconds")
-    if not Path(config.checkpoint).is_dir():
+    if not Path(config.checkpoint).exists():
         raise ValueError(
-            f"{config.checkpoint} is no folder; --checkpoint takes a run, one of its checkpoints or an export"
+            f"{config.checkpoint} is not there; --checkpoint takes a run, one of its checkpoints, an export or a file of published weights"
         )
     store = PairStore.open(config.store, cache=config.cache or None)
     # Imported here: torch and open_clip take seconds, which a mistake in a flag need not wait for.

@@ -55,7 +55,7 @@ def embed(config: EmbedConfig, store: PairStore, ranks: Ranks, phases: Phases | 
     phases = phases or Phases()
     if config.threads:
         torch.set_num_threads(config.threads)
-    loaded = load_model(config.checkpoint, ranks.device)
+    loaded = load_model(config.checkpoint, ranks.device, name=config.model_name)
     if finished(config, store, loaded):
         if ranks.is_main:
             print(f"{config.out} is complete already")

@@ -16,7 +16,7 @@ from train.data.replaced import ReplacedPictures
 from train.data.shard_index import local_tars, prepare_index
 from train.data.tar_stream import TarStream
 from train.distributed import Ranks, barrier
-from train.ds_config import precision, read_ds_config, zero_stage
+from train.ds_config import read_ds_config, zero_stage
 from train.engine import Engine, check_zero_section
 from train.models.clip_library import PreprocessCfg
 from train.models.compilation import check_compiles, compile_blocks
@@ -83,12 +83,7 @@ def set_up(config: TrainConfig, recipe: str, ranks: Ranks, phases: Phases, stop_
     cost = step_cost(towers, dataset.image_size, ds_config, ranks.device) if ranks.is_main else None
     teacher = Teacher(towers, towers.objective.teacher_momentum) if has_teacher(towers) else None
     if config.compile:
-        check_compiles(
-            stage=zero_stage(ds_config),
-            precision=precision(ds_config),
-            device_type=ranks.device.type,
-            config=config.objective,
-        )
+        check_compiles(stage=zero_stage(ds_config), config=config.objective)
         compile_blocks(model, ranks.device.type)
     engine = Engine(
         towers, ds_config, config.optim, batch_size=config.batch_size, ranks=ranks, phases=phases, teacher=teacher

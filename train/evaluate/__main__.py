@@ -36,7 +36,8 @@ Without one: %(prog)s --checkpoint runs/b --data imagenet/val --format imagefold
 Checkpoints with strong embeddings beside the weak ones (CLIP-rocket and the methods on it) are also measured by
 w * weak + (1 - w) * strong similarity for w = 0.1 ... 0.9.
 
-Results go to RUN/evaluations/SUITE.json (and .npz, a value per picture) and to the terminal."""
+Results go to RUN/evaluations/SUITE.json (and .npz, a value per picture) and to the terminal; those of a published FILE.pt to
+evaluations/SUITE_FILE.json beside it."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,10 @@ class EvaluateConfig:
     """Flags of `python -m train.evaluate`."""
 
     checkpoint: Path
-    """a run folder (its newest checkpoint), one of its checkpoints/step_N, or an export folder"""
+    """a run folder (its newest checkpoint), one of its checkpoints/step_N, an export folder, or a file of published weights (open_clip,
+    OpenAI, SLIP, LaCLIP, CLIP-rocket, DeCLIP)"""
+    model_name: str = ""
+    """of a file of published weights: its architecture, where the weights alone don't say (as --model.name in training)"""
     suite: Path | None = None
     """JSON that names the data and the tasks; instead of --data, --format and --tasks"""
     data: str | None = None
@@ -86,9 +90,9 @@ def main(arguments: Sequence[str]) -> None:
     device = device_of(config.device)
     if config.batch_size < 1 or config.num_workers < 1:
         raise ValueError(f"batch_size={config.batch_size} and num_workers={config.num_workers} must be at least 1")
-    loaded = load_model(config.checkpoint, device)
+    loaded = load_model(config.checkpoint, device, name=config.model_name)
     encoder = Encoder(loaded, device, config.batch_size, config.num_workers, strong_model(loaded))
-    out = config.out or output_path(config.checkpoint, encoder.loaded.folder, suite.name)
+    out = config.out or output_path(config.checkpoint, encoder.loaded.source, suite.name)
     cache_folder = out.parent / ".features"
     evaluation = evaluate(encoder, suite, class_names=class_names, cache_folder=cache_folder)
     content = result_json(evaluation, suite, config.checkpoint, encoder)

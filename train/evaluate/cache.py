@@ -34,7 +34,8 @@ def encode_with_cache(
 
 def cache_key(encoder: Encoder, source: Source, keep_fields: frozenset[str]) -> str:
     loaded = encoder.loaded
-    config = (loaded.folder / CONFIG_FILE).read_bytes()
+    # What a published file means is in its bytes and the name of its architecture.
+    config = (loaded.source / CONFIG_FILE).read_bytes() if loaded.source.is_dir() else loaded.name
     return fingerprint(CACHE_VERSION, loaded.checkpoint_hash, config, source.identity(), sorted(keep_fields))
 
 

@@ -22,20 +22,24 @@ from train.models.clip_library import open_clip
 STEP_PREFIX = "step_"
 
 
-def output_path(checkpoint: Path, weights_folder: Path, suite_name: str) -> Path:
-    """RUN/evaluations/SUITE.json for a run's newest checkpoint; SUITE_step_N.json when a step was named."""
-    if weights_folder.parent.name == "checkpoints":
-        run = weights_folder.parent.parent
+def output_path(checkpoint: Path, weights: Path, suite_name: str) -> Path:
+    """RUN/evaluations/SUITE.json for a run's newest checkpoint; SUITE_step_N.json when a step was named; for a published file, beside it,
+    evaluations/SUITE_FILE.json.
+    """
+    if weights.is_file():
+        return weights.parent / "evaluations" / f"{suite_name}_{weights.stem}.json"
+    if weights.parent.name == "checkpoints":
+        run = weights.parent.parent
     else:
-        run = weights_folder.parent if weights_folder.name == "export" else weights_folder
-    named = checkpoint.resolve() == weights_folder.resolve() and run != weights_folder
-    return run / "evaluations" / f"{suite_name}{'_' + weights_folder.name if named else ''}.json"
+        run = weights.parent if weights.name == "export" else weights
+    named = checkpoint.resolve() == weights.resolve() and run != weights
+    return run / "evaluations" / f"{suite_name}{'_' + weights.name if named else ''}.json"
 
 
 def result_json(evaluation: Evaluation, suite: Suite, checkpoint: Path, encoder: Encoder) -> dict[str, Any]:
     """What <suite>.json holds: values are shares (0..1), `count` the units averaged over, `chance` a blind guess's."""
-    folder = encoder.loaded.folder
-    step = folder.name.removeprefix(STEP_PREFIX) if folder.name.startswith(STEP_PREFIX) else ""
+    source = encoder.loaded.source
+    step = source.name.removeprefix(STEP_PREFIX) if source.name.startswith(STEP_PREFIX) else ""
     metrics = {
         name: {
             "value": measurement.value,

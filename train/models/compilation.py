@@ -3,13 +3,16 @@ what sits outside of blocks (hooks on the trunks, ZeRO's own, the loss) is not i
 """
 
 import shutil
+from typing import Any
 
+import torch
 from torch import nn
 
 from train.config import ObjectiveConfig
 
 # Where open_clip and timm keep their blocks.
 CONTAINERS = ("resblocks", "blocks", "layer1", "layer2", "layer3", "layer4", "stages")
+AVX2_BITS = 256
 
 
 def compile_blocks(model: nn.Module, device_type: str, *, backend: str = "inductor") -> int:
@@ -23,10 +26,24 @@ def compile_blocks(model: nn.Module, device_type: str, *, backend: str = "induct
     blocks = [block for container in containers for block in container if not _holds(block, containers)]
     if not blocks:
         raise ValueError(f"--compile finds no blocks in {type(model.visual).__name__}; leave it out")
+    options = compiler_options(device_type) if backend == "inductor" else None
     for block in blocks:
         # In place: a wrapper would put its name in front of every weight's.
-        block.compile(backend=backend)
+        block.compile(backend=backend, options=options)
     return len(blocks)
+
+
+def compiler_options(device_type: str) -> dict[str, Any] | None:
+    """Inductor's options with which the blocks' gradients are right.
+
+    With 512-bit vectors the gradient of an attention's queries, keys and values goes through one loop that transposes bfloat16 tiles in a
+    local array. g++ 12.2 at -O3 (its -ftree-slp-vectorize; -O2 and clang are right) lets that loop read the array before it is written:
+    infinite or wrong gradients of the keys. Torch 2.14 leaves out -ftree-loop-vectorize for faults of this kind (pytorch/pytorch#115261),
+    not this one. With 256-bit vectors such tiles don't arise.
+    """
+    if device_type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        return {"cpp.simdlen": AVX2_BITS}
+    return None
 
 
 def _holds(block: nn.Module, containers: list[nn.Module]) -> bool:
@@ -35,16 +52,8 @@ def _holds(block: nn.Module, containers: list[nn.Module]) -> bool:
     return any(id(container) in inside for container in containers)
 
 
-def check_compiles(*, stage: int, precision: str, device_type: str, config: ObjectiveConfig) -> None:
-    """Raises ValueError for what compiled blocks would not see (ZeRO-3's hooks in them, an objective's on them), and where they are wrong.
-
-    precision: as train.ds_config.precision names it.
-    """
-    if device_type == "cpu" and precision != "fp32":
-        raise ValueError(
-            "--compile on a CPU goes with fp32 alone: under bfloat16 autocast torch 2.14's compiled backward gave an infinite gradient "
-            "where the plain one is finite; leave it out (it brings no speed on a CPU)"
-        )
+def check_compiles(*, stage: int, config: ObjectiveConfig) -> None:
+    """Raises ValueError for what compiled blocks would not see: ZeRO-3's hooks in them, an objective's on them."""
     if stage == 3:
         raise ValueError(
             "--compile does not go with ZeRO stage 3, whose hooks fetch weights inside of blocks; take a JSON of a lower stage"

@@ -17,7 +17,8 @@ def checkpoint_folder(checkpoint: str | Path) -> Path:
     path = Path(checkpoint)
     if not path.is_dir():
         raise ValueError(
-            f"checkpoint {checkpoint} is not a folder; give a run folder (runs/NAME) or one of its checkpoints"
+            f"checkpoint {checkpoint} is not there; give a run folder (runs/NAME), one of its checkpoints, an export, or a file of "
+            "published weights"
         )
     if (path / CONFIG_FILE).is_file() and (path / WEIGHTS_FILE).is_file():
         return path

@@ -34,7 +34,7 @@ from train.models.architecture import (
 from train.models.clip_library import PreprocessCfg, open_clip
 from train.models.folder import MODEL_FILES, WEIGHTS_FILE, checkpoint_folder
 from train.models.lora import merged
-from train.models.start import load_start, resolve
+from train.models.start import DEFAULT_NAME, folder_or_file, load_start, resolve
 from train.models.towers import prepare_towers
 
 SIGLIP_LOG_SCALE, SIGLIP_BIAS = math.log(10), -10.0
@@ -65,7 +65,8 @@ class LoadedModel:
     """str or list of str -> int64 [B, L]"""
     name: str
     checkpoint_hash: str
-    folder: Path
+    source: Path
+    """the folder that holds the weights, or the published file"""
 
 
 def no_words(text: str) -> None:
@@ -142,11 +143,15 @@ class ExportedTensors(Mapping[str, torch.Tensor]):
         return len(self.state_dict)
 
 
-def load_model(checkpoint: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
-    """Load a model for inference from a run folder (its newest checkpoint), a checkpoint folder or an export folder.
+def load_model(checkpoint: str | Path, device: str | torch.device = "cpu", *, name: str = "") -> LoadedModel:
+    """Load a model for inference from a run folder (its newest checkpoint), a checkpoint folder, an export folder, or a published file.
 
-    Raises ValueError naming the folder when it holds no complete checkpoint.
+    name: the architecture of a published file, where its weights don't say.
+    Raises ValueError naming the folder when it holds no complete checkpoint, and for a file that `read_pretrained` refuses.
     """
+    path = folder_or_file(str(checkpoint))
+    if path is not None and path.is_file():
+        return _load_published(path, device, name)
     folder = checkpoint_folder(checkpoint)
     model, preprocess = _read_model(folder)
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -158,6 +163,19 @@ def load_model(checkpoint: str | Path, device: str | torch.device = "cpu") -> Lo
         config["hardpair_name"],
         fingerprint((folder / WEIGHTS_FILE).read_bytes()),
         folder,
+    )
+
+
+def _load_published(path: Path, device: str | torch.device, name: str) -> LoadedModel:
+    config = resolve(ModelConfig(name=name or DEFAULT_NAME, pretrained=str(path)))
+    model, preprocess = load_start(config, "cpu", no_words)
+    return LoadedModel(
+        model.eval().requires_grad_(False).to(device),
+        open_clip.transform.image_transform_v2(preprocess, is_train=False),
+        tokenizer_of(architecture(config.name), config.name),
+        config.name,
+        fingerprint(path.read_bytes()),
+        path,
     )
 
 

@@ -20,7 +20,7 @@ PUBLISHED_HEADS = "heads.safetensors"
 def heads_of(pretrained: str, name: str) -> dict[str, torch.Tensor]:
     """{name: tensor} of the heads that lie in a file of published weights, or in an export of one; {} where there are none.
 
-    name: of the architecture, as `resolve` gave it. DeCLIP's predictor of tokens is in the order of the loaded model's.
+    name: of the architecture, as `resolve` gave it. DeCLIP's are renamed and in the order of the loaded model's tokens.
     """
     path = folder_or_file(pretrained)
     if path is None or path.suffix in OPEN_CLIP_ONLY:
@@ -28,8 +28,8 @@ def heads_of(pretrained: str, name: str) -> dict[str, torch.Tensor]:
     if path.is_dir():
         return load_file(path / PUBLISHED_HEADS) if (path / PUBLISHED_HEADS).is_file() else {}
     weights = translated(path, name)
-    left = {head: tensor.contiguous() for head, tensor in weights.left.items()}
-    return declip.reordered_heads(left) if weights.family == declip.FAMILY else left
+    heads = declip.heads(weights) if weights.family == declip.FAMILY else weights.left
+    return {head: tensor.contiguous() for head, tensor in heads.items()}
 
 
 def take_over_published_heads(objective: torch.nn.Module | None, config: ModelConfig) -> str:

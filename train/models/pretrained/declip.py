@@ -5,7 +5,7 @@ another order (start 49406, end 49407, mask 49408), which makes CLIP's own token
 stands, not at the highest number, since the mask has that now. The text projection has a bias.
 """
 
-from collections.abc import Mapping
+import re
 
 import torch
 
@@ -24,7 +24,7 @@ from train.models.pretrained.translated import (
 )
 
 FAMILY = "DeCLIP"
-TEXT = "encode_text."
+TEXT, PREDICTOR = "encode_text.", "text_label_predictor."
 VOCABULARY_SIZE = CLIP_VOCABULARY_SIZE + 1
 # Where our tokens start, end and mask stand in DeCLIP's vocabulary.
 SOURCES = (49407, 49408, 49406)
@@ -89,6 +89,11 @@ def reordered(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat([rows[: min(SOURCES)], rows[list(SOURCES)]])
 
 
-def reordered_heads(left: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """DeCLIP's heads, with MLM's predictor in the order of the loaded model's tokens."""
-    return {n: reordered(t) if n.startswith("text_label_predictor.") else t for n, t in left.items()}
+def heads(weights: Translated) -> dict[str, torch.Tensor]:
+    """DeCLIP's heads as its objective here has them: linear layers called as those of other methods, MLM's predictor in the order of the
+    loaded model's tokens, and the mask's own embedding where words were guessed.
+    """
+    found = {re.sub(r"^(projector|predictor)\.linear(\d)", r"\1.layer\2", n): t for n, t in weights.left.items()}
+    if f"{PREDICTOR}weight" in found:
+        found["word_mask.weight"] = weights.state_dict["token_embedding.weight"][[MASK_ID]]
+    return {n: reordered(t) if n.startswith(PREDICTOR) else t for n, t in found.items()}
