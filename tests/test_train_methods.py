@@ -211,13 +211,41 @@ def test_every_recipe_has_values_that_go_together():
     assert {RECIPES[f"pocket-{method}"]()["objective"].name for method in METHODS} == set(METHODS.values())
 
 
+@pytest.mark.parametrize(
+    ("recipe", "wd", "text_dropout", "reduction", "stop_words", "captions", "layers"),
+    [
+        ("cc3m-rocket-rn50", 0.5, 0.2, "avg", 0.8, ("whole", False), 6),
+        ("cc12m-rocket-rn50", 0.1, 0.05, "sum", 0.8, ("whole", False), 12),
+        ("cc12m-barlip-rn50", 0.1, 0.1, "sum", 0.8, ("whole", False), 12),
+        ("yfcc15m-swalip-rn50", 0.1, 0.0, "sum", 0.9, ("single", True), 12),
+        ("yfcc15m-rocket-vit-b16", 0.1, 0.0, "sum", 0.8, ("single", True), 12),
+    ],
+)
+def test_what_clip_rocket_changes_between_data_sets(recipe, wd, text_dropout, reduction, stop_words, captions, layers):
+    # Expected: the published command lines, one for each data set and method.
+    from train.models.architecture import architecture
+
+    config = TrainConfig(**RECIPES[recipe]())
+    assert (config.optim.wd, config.optim.lr, config.optim.beta2, config.optim.eps) == (wd, 3e-3, 0.98, 1e-8)
+    assert (config.objective.text_dropout, config.objective.reduction) == (text_dropout, reduction)
+    assert (config.augment.stop_words_prob, config.strong_augment.stop_words_prob) == (stop_words, stop_words)
+    assert (config.data.caption_sampling, config.data.clean_captions) == captions
+    assert architecture(config.model.name)["text_cfg"]["layers"] == layers
+    edits = config.strong_augment
+    assert (edits.synonym_weight, edits.swap_weight, edits.delete_weight) == (0.4, 0.4, 0.2)
+    assert config.objective.strong_label_smoothing == (0.0 if "swalip" in recipe else 0.1)
+    assert config.batch_size == 4096
+
+
 def test_a_methods_settings_come_back_from_config_json():
     from train.main import parse_config
     from train.records.same_run import to_json
     from train.reproduce import config_from_json
 
-    config = parse_config("pocket-byolip", list(training_flags("store", "run", objective__text_dropout=0.1)))
+    flags = [*training_flags("store", "run", objective__text_dropout=0.1), "--legacy-gradients"]
+    config = parse_config("pocket-byolip", flags)
     assert config.objective.text_dropout == 0.1
+    assert config.objective.legacy_gradients
     assert config_from_json(TrainConfig, to_json(asdict(config))) == config
 
 

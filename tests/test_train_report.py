@@ -21,6 +21,8 @@ from mining.pair_table import PairTable
 from train.report.__main__ import main
 from train.report.charts import Series, line_chart, thinned, tick_label, ticks
 from train.report.compare import build_tables, choose_pair, paired_difference, text_table, verdict_sentence
+from train.report.mining_section import mining_part
+from train.report.page import report_html
 from train.report.runs import read_runs
 from train.report.sections import metric_label
 
@@ -352,3 +354,19 @@ def test_metric_labels_are_words():
     assert metric_label("zeroshot/name_within_subgroup/top1") == "name within subgroup, top-1"
     assert metric_label("retrieval/retrieval/text_to_image_r10") == "text to image R@10"
     assert metric_label("linear_probe/group/mean_per_class") == "group, mean per class"
+
+
+def test_mixed_similarities_have_a_table_and_their_highest_values_are_marked(two_runs, tmp_path):
+    path = two_runs[1] / "evaluations" / "noto.json"
+    content = json.loads(path.read_text())
+    shares = {"0.1": 0.25, "0.5": 0.875, "0.9": 0.75}
+    mixed = {weight: {"top1": {"value": value, "standard_error": 0.1}} for weight, value in shares.items()}
+    content["details"] = {"zeroshot/name": {"interpolation": mixed}, "linear_probe/name": {"iterations": 3}}
+    path.write_text(json.dumps(content))
+    runs = read_runs(two_runs)
+    page = report_html(runs, tables_of(*two_runs), mining_part(runs, None, None))
+    (table,) = re.findall(r'<table class="mixed">.*?</table>', page)
+    assert re.findall(r"<th>(.*?)</th>", table)[1:] == ["0.1", "0.5", "0.9", "1"]
+    assert re.findall(r"<td>(.*?)</td>", table) == ["25.00", "<strong>87.50</strong>", "75.00", "62.50"]
+    assert '<a href="#mixed">' in page
+    assert 'id="mixed"' not in report_html(runs[:1], tables_of(two_runs[0]), mining_part(runs[:1], None, None))

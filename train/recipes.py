@@ -5,7 +5,7 @@ A recipe's fields that name folders (`out`, `data.store`, ...) are left to the c
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from train.augmentations import MOCO_V2_STRONG
 from train.config import (
@@ -166,6 +166,11 @@ DATA_SETS = {
 }
 
 
+def caption_sampling(data: str) -> Literal["whole", "single"]:
+    """YFCC's pictures have a title and a description, a line each; one of them is drawn for all views."""
+    return "single" if data == "yfcc15m" else "whole"
+
+
 def slip_vit_b16(data: str) -> Callable[[], dict[str, Any]]:
     """SLIP's published recipe on a data set."""
     title, epochs, epoch_steps = DATA_SETS[data]
@@ -173,6 +178,7 @@ def slip_vit_b16(data: str) -> Callable[[], dict[str, Any]]:
     def recipe() -> dict[str, Any]:
         return dict(
             model=ModelConfig(name="ViT-B-16"),
+            data=DataConfig(caption_sampling=caption_sampling(data)),
             augment=AugmentConfig(scale=(0.5, 1.0), interpolation="bilinear"),
             strong_augment=replace(STRONG_AUGMENT, interpolation="bilinear"),
             objective=objective_of("slip"),
@@ -194,6 +200,7 @@ def rocket_rn50(data: str, method: str) -> Callable[[], dict[str, Any]]:
     def recipe() -> dict[str, Any]:
         return dict(
             model=ModelConfig(name="rocket-rn50-text6" if data == "cc3m" else "rocket-rn50"),
+            data=DataConfig(caption_sampling=caption_sampling(data), clean_captions=data == "yfcc15m"),
             augment=AugmentConfig(scale=(0.5, 1.0), stop_words_prob=stop_words),
             strong_augment=replace(STRONG_AUGMENT, stop_words_prob=stop_words),
             objective=replace(

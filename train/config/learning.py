@@ -1,7 +1,9 @@
 """How a run learns: its optimizer, its loss, its objective."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 ObjectiveName = Literal["clip", "slip", "cl2l", "siamlip", "byolip", "barlip", "swalip", "declip"]
 
@@ -130,7 +132,7 @@ class ObjectiveConfig:
     """siamlip, byolip, barlip: heads of their own for weak and for strong views, instead of shared weights"""
     teacher_momentum: float = 0.99
     """byolip: share of the teacher's weights that a step keeps; the rest comes from the trained ones"""
-    legacy_gradients: bool = False
+    legacy_gradients: Annotated[bool, tyro.conf.arg(aliases=["--legacy-gradients"])] = False
     """the published implementations' gradients on several ranks, for comparison: gathers without gradient in all terms between images and
     texts, Barlow Twins' divided by the number of ranks"""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from train.report.compare import Table
 from train.report.mining_section import GALLERY_STYLE, MiningPart
+from train.report.mixed_section import mixed_section
 from train.report.runs import Run
 from train.report.sections import curves_section, facts_list, machine_section, results_section, runs_section
 from train.report.style import STYLE
@@ -15,6 +16,7 @@ from train.report.time_section import time_section
 
 NAVIGATION = (
     ("results", "Results"),
+    ("mixed", "Weak and strong"),
     ("curves", "Training"),
     ("time", "Time"),
     ("runs", "What was run"),
@@ -25,11 +27,11 @@ NAVIGATION = (
 def report_html(runs: Sequence[Run], tables: Sequence[Table], mining: MiningPart) -> str:
     """The whole page."""
     names = ", ".join(run.name for run in runs)
-    times = time_section(runs)
+    times, mixed = time_section(runs), mixed_section(runs)
     links = "".join(
         f'<a href="#{anchor}">{title}</a>'
         for anchor, title in (*NAVIGATION, ("machine", "Machine"))
-        if anchor != "time" or times
+        if {"time": times, "mixed": mixed}.get(anchor, True)
     )
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return f"""<!doctype html>
@@ -50,6 +52,7 @@ def report_html(runs: Sequence[Run], tables: Sequence[Table], mining: MiningPart
 </header>
 <main>
 {results_section(tables, runs)}
+{mixed}
 {curves_section(runs)}
 {times}
 {runs_section(runs)}
