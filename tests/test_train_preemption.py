@@ -58,11 +58,14 @@ def test_a_run_whose_launcher_is_told_to_stop_saves_leaves_nobody_behind_and_goe
     # It dies of that at once and passes nothing on; its launch.py and the ranks are left to themselves.
     launched.send_signal(signal.SIGTERM)
     stopped_at = stopped_step(launched, cut, 3, f"exits with return code = {EXIT_STOPPED}")
+    assert launched.returncode == -signal.SIGTERM
     launched = start(command)
     wait_for_step(cut, stopped_at + 2, lambda: launched.poll() is None)
-    # This one tells its ranks one after the other, each once the one before has left: the first must be enough. Its own code is 1.
+    # This one tells its ranks one after the other, each once the one before has left: the first must be enough. What it ends with is
+    # written in DeepSpeed's handler, whatever its ranks left with, and slurm/README.md says whom to signal instead.
     os.kill(child_of(launched.pid), signal.SIGTERM)
     stopped_step(launched, cut, stopped_at + 2, "Main process received SIGTERM, exiting")
+    assert launched.returncode == 1
     for run in (cut, whole):
         run_on_ranks(train_here, 2, training_flags(store.path, run, **flags), timeout_s=300)
     assert [row["loss"] for row in rows(cut)] == [row["loss"] for row in rows(whole)]

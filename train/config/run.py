@@ -55,7 +55,7 @@ class TrainConfig:
     keep_every_steps: int = 0
     """also keep the checkpoints of steps that this divides, for good; 0: none"""
     max_skipped_steps: int = 10
-    """stop after so many steps in a row whose loss is not finite"""
+    """stop after so many steps in a row whose loss or gradient is not finite; noticed when a step is logged, or after so many steps"""
     hang_timeout_s: float = 900.0
     """end the job (exit code 86) when a rank makes no progress for so long, and say which, where, and what it reads; longer than the
     longest step, checkpoint or wait for a remote store"""
