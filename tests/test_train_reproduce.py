@@ -71,7 +71,8 @@ def manifest_of(folder: Path, **changes) -> dict:
     (folder / "store" / "manifest.json").write_text('{"fingerprint": "aaaa"}', encoding="utf-8")
     return {
         "config": {"ds_config": str(folder / "ds.json"), "data": {"store": str(folder / "store"), "pairs": ""}},
-        "deepspeed": {"zero_optimization": {"stage": 1}, "train_batch_size": 16},
+        # What the JSON has, and what the engine adds to it.
+        "deepspeed": {"zero_optimization": {"stage": 1}, "train_batch_size": 16, "timers": {}},
         "store_fingerprint": "aaaa",
         "versions": package_versions(),
         "starts": [],

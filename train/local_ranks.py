@@ -10,13 +10,18 @@ from typing import Any
 from train.records.run_manifest import ROOT
 
 
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on: for ranks to meet at, where a fixed one may be another job's."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def start_ranks(
     arguments: Sequence[str], num_ranks: int, *, threads: int = 1, **streams: Any
 ) -> list[subprocess.Popen]:
     """`python ARGUMENTS` once for each rank; streams: stdout and stderr as subprocess.Popen takes them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     return [_start(arguments, rank, num_ranks, port, threads, streams) for rank in range(num_ranks)]
 
 

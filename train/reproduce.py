@@ -26,7 +26,8 @@ from train.main import ROOT, run_training  # isort: skip
 from mining.command_line import parse, run
 from mining.manifest import MANIFEST_NAME
 from train.config import TrainConfig
-from train.ds_config import LEARNING_KEYS, read_ds_config
+from train.ds_config import MEMORY_KEYS, read_ds_config
+from train.local_ranks import free_port
 from train.records.run_manifest import CONFIG_NAME, code_state, package_versions, read_starts
 
 PROGRAM = "python -m train.reproduce"
@@ -162,7 +163,7 @@ def version_differences(manifest: Mapping[str, Any]) -> list[str]:
 def config_differences(manifest: Mapping[str, Any]) -> list[str]:
     """The DeepSpeed JSON as the run used it against the file as it is."""
     path = manifest["config"]["ds_config"]
-    recorded = {key: value for key, value in manifest["deepspeed"].items() if key not in LEARNING_KEYS}
+    recorded = {key: value for key, value in manifest["deepspeed"].items() if key in MEMORY_KEYS}
     if not Path(path).is_file():
         return [f"{path} is gone"]
     return [] if read_ds_config(path) == recorded else [f"{path} is not what the run used: {json.dumps(recorded)}"]
@@ -192,6 +193,8 @@ def train_again(folder: Path, out: Path, manifest: Mapping[str, Any], *, stop_af
         str(Path(sys.executable).parent / "deepspeed"),
         "--num_accelerators",
         str(ranks),
+        "--master_port",
+        str(free_port()),
         "--module",
         "train.reproduce",
     ]

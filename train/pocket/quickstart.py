@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from mining.command_line import parse, run
 from mining.manifest import write_json_atomically
+from train.local_ranks import free_port
 
 PROGRAM = "train.pocket.quickstart"
 ON_CPU = "--device cpu"
@@ -93,12 +93,6 @@ def deepspeed(config: QuickstartConfig, name: str, words: str) -> Stage:
     launcher = str(Path(sys.executable).parent / "deepspeed")
     ranks = ("--num_accelerators", str(config.ranks), "--master_port", str(free_port()))
     return Stage(name, (launcher, *ranks, *words.split()))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run_stages(config: QuickstartConfig) -> None:
