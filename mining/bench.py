@@ -5,6 +5,7 @@ make them, written block by block as an EmbeddingStore in a temporary folder.
 """
 
 import dataclasses
+import inspect
 import json
 import sys
 import tempfile
@@ -73,7 +74,7 @@ class Bench:
 
 
 def main(arguments: Sequence[str]) -> None:
-    config = parse(Bench, program=PROGRAM, description=str(Bench.__doc__), arguments=arguments)
+    config = parse(Bench, program=PROGRAM, description=inspect.cleandoc(Bench.__doc__), arguments=arguments)
     if min(config.pairs, config.queries, config.dim, config.k, config.rounds) < 1 or config.threads < 0:
         raise ValueError("--pairs, --queries, --dim, --k and --rounds must be at least 1, --threads at least 0")
     if config.threads:

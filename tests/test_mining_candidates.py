@@ -1,5 +1,7 @@
 """Search by candidates through faiss: the exact answer where a row is certified, bounds that really bound what was not seen."""
 
+import inspect
+
 import faiss
 import numpy as np
 import pytest
@@ -166,14 +168,18 @@ def test_lists_of_a_gpu_are_asked_for_as_faiss_takes_them_and_longer_ones_on_the
     """No GPU here: in its place the CPU's search with the arguments that faiss's own wrapper for a GPU knows, and its limits."""
     asked = []
 
-    def knn_gpu(res, xq, xb, k, D=None, I=None, metric=faiss.METRIC_L2, device=-1):
-        assert res == "resources"
-        assert metric == faiss.METRIC_INNER_PRODUCT
-        assert device == 1
-        assert all(rows.dtype == np.float32 and rows.flags.c_contiguous for rows in (xq, xb))
-        assert k <= 2048, "a GPU selects no more"
-        asked.append(k)
-        return faiss.knn(xq, xb, k, metric=metric)
+    takes = inspect.signature(faiss.knn_gpu)
+
+    def knn_gpu(*arguments, **keywords):
+        given = takes.bind(*arguments, **keywords).arguments
+        assert given["res"] == "resources"
+        assert given["metric"] == faiss.METRIC_INNER_PRODUCT
+        assert given["device"] == 1
+        rows = given["xq"], given["xb"]
+        assert all(part.dtype == np.float32 and part.flags.c_contiguous for part in rows)
+        assert given["k"] <= 2048, "a GPU selects no more"
+        asked.append(given["k"])
+        return faiss.knn(*rows, given["k"], metric=faiss.METRIC_INNER_PRODUCT)
 
     monkeypatch.setattr(faiss, "StandardGpuResources", lambda: "resources")
     monkeypatch.setattr(faiss, "knn_gpu", knn_gpu)
