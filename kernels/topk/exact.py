@@ -42,19 +42,25 @@ def exact_similarity(
 
 
 def _sampled(query_QD: Tensor, base_ND: Tensor, rows_S: Tensor, ids_S: Tensor, scratch: Scratch) -> Tensor:
-    """Entries of a sparse matrix: reads rows where they are, without a copy for each entry."""
     query_SD, row_S = _needed_rows(query_QD, rows_S, scratch, "query")
     base_SD, column_S = _needed_rows(base_ND, ids_S, scratch, "base")
-    first_R = torch.zeros(len(query_SD) + 1, dtype=torch.int64)
-    first_R[1:] = torch.bincount(row_S, minlength=len(query_SD)).cumsum(0)
-    zeros_S = torch.zeros(len(row_S), dtype=torch.float64)
+    return sampled_products(query_SD, base_SD, row_S, column_S)
+
+
+def sampled_products(query_QD: Tensor, base_BD: Tensor, rows_S: Tensor, columns_S: Tensor) -> Tensor:
+    """[S] dot products of query rows_S (ascending) with base rows columns_S, in their dtype and summed in it. On a CPU as
+    entries of a sparse matrix, which reads rows where they are, without a copy for each entry."""
+    if query_QD.device.type != "cpu":
+        return (query_QD.index_select(0, rows_S) * base_BD.index_select(0, columns_S)).sum(1)
+    first_R = torch.zeros(len(query_QD) + 1, dtype=torch.int64)
+    first_R[1:] = torch.bincount(rows_S, minlength=len(query_QD)).cumsum(0)
+    zeros_S = torch.zeros(len(rows_S), dtype=query_QD.dtype)
     with warnings.catch_warnings():
         # Announces once a process that the sparse layout is young.
         warnings.simplefilter("ignore", UserWarning)
-        pattern = torch.sparse_csr_tensor(
-            first_R, column_S, zeros_S, (len(query_SD), len(base_SD)), check_invariants=False
-        )
-    return torch.sparse.sampled_addmm(pattern, query_SD, base_SD.T, beta=0.0).values()
+        shape = (len(query_QD), len(base_BD))
+        pattern = torch.sparse_csr_tensor(first_R, columns_S, zeros_S, shape, check_invariants=False)
+    return torch.sparse.sampled_addmm(pattern, query_QD, base_BD.T, beta=0.0).values()
 
 
 def _needed_rows(rows_ND: Tensor, ids_S: Tensor, scratch: Scratch, name: str) -> tuple[Tensor, Tensor]:

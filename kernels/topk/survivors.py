@@ -11,8 +11,10 @@ from torch import Tensor
 
 # One upward or downward step of a bound that was rounded to float32.
 OUTWARD = 2.0**-23
-# Times k, and beside it: where bounds leave more, memory needs exact scores.
-MOST_OF_K, MOST_BESIDE = 3, 256
+# Of k, and beside it: so many new entries of a query pay for a higher threshold.
+GROWTH_OF_K, GROWTH_BESIDE = 0.5, 16
+# Where bounds leave more, memory needs exact scores.
+MOST_OF_K, MOST_BESIDE = 1.5, 128
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,9 @@ class Survivors:
         self.threshold_Q, self.k = threshold_Q, k
         self.chunks: list[Chunk] = []
         self.num_entries = 0
-        self.capacity = len(threshold_Q) * (MOST_OF_K * k + MOST_BESIDE)
+        self.most = int(len(threshold_Q) * (MOST_OF_K * k + MOST_BESIDE))
+        self.growth = int(len(threshold_Q) * (GROWTH_OF_K * k + GROWTH_BESIDE))
+        self.capacity = len(threshold_Q) * k + self.growth
 
     def append(self, chunk: Chunk) -> None:
         if len(chunk):
@@ -54,8 +58,9 @@ class Survivors:
         """Raise thresholds, drop what is below; where bounds still leave too much, keep the exact k best of each."""
         self.threshold_Q = torch.maximum(self.threshold_Q, self.kth_lower_bound())
         self._keep([chunk.chosen(chunk.upper_S >= self.threshold_Q[chunk.rows_S]) for chunk in self.chunks])
-        if self.num_entries > self.capacity // 2:
+        if self.num_entries > self.most:
             self._decide(exact_score)
+        self.capacity = self.num_entries + self.growth
 
     def kth_lower_bound(self) -> Tensor:
         """float32 [Q]: at most the k-th best score; 0 where there are fewer entries."""
