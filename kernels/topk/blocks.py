@@ -22,7 +22,6 @@ from kernels.topk.problem import NEAR, GroupPair, Problem
 from kernels.topk.search import Answer, exact_score, search_all
 from kernels.topk.survivors import OUTWARD, Chunk, Survivors
 from kernels.topk.tile import TOWERS
-from kernels.topk.workers import Workers
 
 QUERIES_TOGETHER = 16384
 LARGEST_BLOCK = 262144
@@ -44,7 +43,6 @@ def sweep(
     problem: Problem,
     threshold_Q: Tensor,
     excluded: ExclusionCount | None,
-    _workers: Workers,
     *,
     largest_block: int = LARGEST_BLOCK,
     capacity: int | None = None,

@@ -11,7 +11,6 @@ Shape letters: `Q` queries, `R` queries of a tile, `B` base rows of a tile, `D` 
 """
 
 from dataclasses import dataclass
-from threading import Lock
 
 import torch
 from torch import Tensor
@@ -33,12 +32,11 @@ from kernels.topk.problem import NEAR, Problem
 from kernels.topk.search import Answer, exact_score, search_all
 from kernels.topk.survivors import OUTWARD, Chunk, Survivors
 from kernels.topk.tile import MAXIMUM_OF, TOWERS, BaseTile, base_tile, self_entries
-from kernels.topk.workers import Workers
 
 # Queries searched together, so that base rows are prepared for many; and the tile of one screening product.
 QUERIES_TOGETHER = 4096
-QUERY_TILE = 2048
-BASE_TILE = 512
+QUERY_TILE = 1024
+BASE_TILE = 1024
 # Scores below are none: products of float32 numbers near it underflow.
 SMALLEST_SCORE = 2.0**-100
 
@@ -58,44 +56,27 @@ def product_topk_blockwise(problem: Problem, tiles: Tiles = Tiles()) -> tuple[An
         return search_all(problem, lambda *arguments: sweep(*arguments, tiles), tiles.queries_together)
 
 
-def sweep(
-    problem: Problem, threshold_Q: Tensor, excluded: ExclusionCount | None, workers: Workers, tiles: Tiles
-) -> Survivors:
+def sweep(problem: Problem, threshold_Q: Tensor, excluded: ExclusionCount | None, tiles: Tiles) -> Survivors:
     """Every entry whose score may reach its query's threshold; see `search.Sweep`."""
     survivors = Survivors(threshold_Q, problem.k)
-    if problem.num_queries == 0:
-        return survivors
-    screen = Screen(problem, survivors, excluded, workers, tiles.query_tile)
-    scratches = [Scratch(problem.device) for _ in range(workers.number)]
-    starts = range(0, problem.num_base, tiles.base_tile)
-    base = [slice(start, min(start + tiles.base_tile, problem.num_base)) for start in starts]
-    for first in range(0, len(base), workers.number):
-        for chunk in workers.map(screen.found, base[first : first + workers.number], scratches):
-            survivors.append(chunk)
-        if survivors.is_full:
-            survivors.compact(lambda rows_S, ids_S: exact_score(problem, rows_S, ids_S)[2])
-            screen.set_limit()
+    if problem.num_queries:
+        screen = Screen(problem, survivors, excluded, tiles)
+        for start in range(0, problem.num_base, tiles.base_tile):
+            screen.offer(slice(start, min(start + tiles.base_tile, problem.num_base)))
     return survivors
 
 
 class Screen:
     """Offers base rows, a tile at a time, to all queries of a problem."""
 
-    def __init__(
-        self,
-        problem: Problem,
-        survivors: Survivors,
-        excluded: ExclusionCount | None,
-        workers: Workers,
-        query_tile: int,
-    ):
-        self.problem, self.survivors, self.excluded, self.query_tile = problem, survivors, excluded, query_tile
-        self.counting = Lock()
+    def __init__(self, problem: Problem, survivors: Survivors, excluded: ExclusionCount | None, tiles: Tiles):
+        self.problem, self.survivors, self.excluded, self.tiles = problem, survivors, excluded, tiles
+        self.scratch = Scratch(problem.device)
         self.towers = [rows_QD.float() for rows_QD in problem.query_QD]
         for name, rows_QD in zip(TOWERS, self.towers, strict=True):
             norm_Q = torch.linalg.vector_norm(rows_QD, dim=1)
             check_rows(norm_Q, torch.arange(problem.num_queries, device=problem.device), f"query {name}")
-        root_Q = guessed_ratios(problem, workers).sqrt()
+        root_Q = guessed_ratios(problem).sqrt()
         self.scales = (1 / root_Q, root_Q)
         self.operand = query_operand(self.towers, self.scales)
         self.norms = [torch.linalg.vector_norm(rows_QD, dim=1) for rows_QD in self.towers]
@@ -107,23 +88,29 @@ class Screen:
         threshold_Q = self.survivors.threshold_Q.double()
         self.operand.set_limit(2 * (1 - OUTWARD) * (image_Q * text_Q * threshold_Q).sqrt())
 
-    def found(self, ids: slice, scratch: Scratch) -> Chunk:
-        """Of the base rows `ids`, what could still be among the k best."""
-        tile = base_tile(self.problem, ids, scratch)
-        starts = range(0, self.problem.num_queries, self.query_tile)
-        tiles = [slice(start, min(start + self.query_tile, self.problem.num_queries)) for start in starts]
-        parts = [self.candidates(tile, rows, scratch) for rows in tiles]
+    def offer(self, ids: slice) -> None:
+        """Screen the base rows `ids` and keep what could still be among the k best."""
+        tile = base_tile(self.problem, ids, self.scratch)
+        starts = range(0, self.problem.num_queries, self.tiles.query_tile)
+        parts = [self.candidates(tile, slice(s, min(s + self.tiles.query_tile, self.problem.num_queries))) for s in starts]
         rows_S, places_S = (torch.cat(columns) for columns in zip(*parts, strict=True))
-        return self.bounded(tile, rows_S, places_S)
+        self.survivors.append(self.bounded(tile, rows_S, places_S))
+        if self.survivors.is_full:
+            self.survivors.compact(lambda rows_S, ids_S: exact_score(self.problem, rows_S, ids_S)[2])
+            self.set_limit()
 
-    def candidates(self, tile: BaseTile, rows: slice, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    def candidates(self, tile: BaseTile, rows: slice) -> tuple[Tensor, Tensor]:
         """(rows_S ascending, places_S ascending in each row) of the entries that may reach their query's threshold."""
-        excluded = self._excluded(tile, rows, scratch)
-        sum_RB = product(self.operand, tile.operand, rows, scratch)
+        excluded = self._excluded(tile, rows)
+        sum_RB = self.product(self.operand, tile.operand, rows)
         for rows_S, places_S in excluded:
             sum_RB[rows_S, tile.columns(places_S)] = 0
         rows_S, places_S, _ = positive_entries(sum_RB)
         return rows_S + rows.start, places_S
+
+    def product(self, query: Operand, base: Operand, rows: slice) -> Tensor:
+        out = self.scratch.matrix("product", rows.stop - rows.start, len(base.rows_BE), torch.bfloat16)
+        return screening_product(query.rows_BE[rows], base.rows_BE, out)
 
     def bounded(self, tile: BaseTile, rows_S: Tensor, places_S: Tensor) -> Chunk:
         """The entries whose score, by a product in float32, may reach their threshold."""
@@ -142,24 +129,23 @@ class Screen:
         share = 1.02 * (tile.towers[tower].shape[1] + 8) * FLOAT32_ROUNDING
         return self.norms[tower] * (share * tile.operand.bounds[tower][0].max())
 
-    def _excluded(self, tile: BaseTile, rows: slice, scratch: Scratch) -> list[tuple[Tensor, Tensor]]:
+    def _excluded(self, tile: BaseTile, rows: slice) -> list[tuple[Tensor, Tensor]]:
         """(rows_S, places_S) of what is no candidate; counted by cause where counts are wanted."""
         entries = [self_entries(self.problem, rows, tile.ids_B)]
         found = list(group_entries(self.problem, rows, tile.lookups, tile.ids_B))
-        for cause, rows_S, places_S, counted_S in [*found, *self._near(tile, rows, scratch)]:
+        for cause, rows_S, places_S, counted_S in [*found, *self._near(tile, rows)]:
             entries.append((rows_S, places_S))
             if self.excluded is not None:
-                with self.counting:
-                    self.excluded.add(cause, rows_S[counted_S] + rows.start, tile.ids_B[places_S[counted_S]])
+                self.excluded.add(cause, rows_S[counted_S] + rows.start, tile.ids_B[places_S[counted_S]])
         return entries
 
-    def _near(self, tile: BaseTile, rows: slice, scratch: Scratch) -> list[tuple[int, Tensor, Tensor, Tensor]]:
+    def _near(self, tile: BaseTile, rows: slice) -> list[tuple[int, Tensor, Tensor, Tensor]]:
         """(cause, rows_S, places_S, counted_S) of the entries above a ceiling."""
         entries, earlier = [], None
         for tower, ceiling in enumerate(self.problem.ceilings):
             if ceiling == 1:
                 continue
-            rows_S, places_S = self._above_ceiling(tile, rows, tower, scratch)
+            rows_S, places_S = self._above_ceiling(tile, rows, tower, ceiling)
             queries_S, ids_S = rows_S + rows.start, tile.ids_B[places_S]
             counted_S = may_count(self.problem, queries_S, ids_S) & ~same_group(self.problem, queries_S, ids_S)
             key_S = rows_S * tile.width + places_S
@@ -169,12 +155,11 @@ class Screen:
             entries.append((NEAR + tower, rows_S, places_S, counted_S))
         return entries
 
-    def _above_ceiling(self, tile: BaseTile, rows: slice, tower: int, scratch: Scratch) -> tuple[Tensor, Tensor]:
-        """(rows_S, places_S) of the entries whose cosine is above the ceiling, decided exactly where bounds do not."""
-        ceiling = self.problem.ceilings[tower]
+    def _above_ceiling(self, tile: BaseTile, rows: slice, tower: int, ceiling: float) -> tuple[Tensor, Tensor]:
+        """(rows_S, places_S) of the entries whose cosine is above `ceiling`, decided exactly where bounds do not."""
         query, base = self.operand.of_tower(tower), tile.operand.of_tower(tower)
         query.set_limit(self.scales[tower].double() * (ceiling * (1 - OUTWARD)))
-        above_RB = product(query, base, rows, scratch)
+        above_RB = self.product(query, base, rows)
         rows_S, places_S, flat_S = positive_entries(above_RB)
         queries_S, ids_S = rows_S + rows.start, tile.ids_B[places_S]
         # The bound above the cosine, and what a limit of two bfloat16 numbers lacks.
@@ -187,12 +172,6 @@ class Screen:
             query_QD, base_ND = self.problem.query_QD[tower], self.problem.base_ND[tower]
             is_above_S[open_S] = exact_similarity(query_QD, base_ND, queries_S[open_S], ids_S[open_S]) > ceiling
         return rows_S[is_above_S], places_S[is_above_S]
-
-
-def product(query: Operand, base: Operand, rows: slice, scratch: Scratch) -> Tensor:
-    """bfloat16, valid until the next call with the same scratch."""
-    out = scratch.matrix("product", rows.stop - rows.start, len(base.rows_BE), torch.bfloat16)
-    return screening_product(query.rows_BE[rows], base.rows_BE, out)
 
 
 def positive_entries(values_RB: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,7 @@ Shape letters: `Q` queries, `B` sampled base rows, `D` embedding.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,6 @@ from kernels.topk.exclusion import group_entries
 from kernels.topk.operands import operand_dtype, screening_product
 from kernels.topk.problem import Problem
 from kernels.topk.tile import MAXIMUM_OF, group_lookups, present_rows, self_entries
-from kernels.topk.workers import Workers
 
 SMALLEST_SAMPLE, LARGEST_SAMPLE = 4096, 65536
 ONE_SAMPLED_OF = 128
@@ -28,32 +27,25 @@ QUERIES_AT_ONCE, GPU_QUERIES_AT_ONCE = 512, 2048
 SAFETY, SAFETY_BESIDE = 4.5, 3
 
 
-def guessed_thresholds(problem: Problem, workers: Workers) -> Tensor:
+def guessed_thresholds(problem: Problem) -> Tensor:
     """float32 [Q]: a score that somewhat more than k base pairs of each query reach, most likely; 0 without a guess."""
     threshold_Q = torch.zeros(problem.num_queries, device=problem.device)
     size = sample_size(problem.num_base)
     rank = sample_rank(problem.k, size, problem.num_base)
-    if 2 * rank > size:
-        return threshold_Q
-
-    def guess(rows: slice, image_QB: Tensor, text_QB: Tensor) -> None:
-        threshold_Q[rows] = _ranked(image_QB.mul_(text_QB), rank)
-
-    for_sampled_cosines(problem, size, workers, guess)
+    if 2 * rank <= size:
+        for rows, image_QB, text_QB in sampled_cosines(problem, size):
+            threshold_Q[rows] = _ranked(image_QB.mul_(text_QB), rank)
     return threshold_Q.clamp(min=0)
 
 
-def guessed_ratios(problem: Problem, workers: Workers) -> Tensor:
+def guessed_ratios(problem: Problem) -> Tensor:
     """float32 [Q]: about the image similarity by the text similarity of a query's best pairs."""
     ratio_Q = torch.ones(problem.num_queries, device=problem.device)
-
-    def guess(rows: slice, image_QB: Tensor, text_QB: Tensor) -> None:
+    for rows, image_QB, text_QB in sampled_cosines(problem, min(SCALE_SAMPLE, problem.num_base)):
         best_Q4 = (image_QB * text_QB).topk(min(SCALE_BEST, image_QB.shape[1]), dim=1, sorted=False).indices
         # Not zero, so that ratios are numbers.
         image_Q, text_Q = (cosine.gather(1, best_Q4).float().sum(1) + 2.0**-10 for cosine in (image_QB, text_QB))
         ratio_Q[rows] = image_Q / text_Q
-
-    for_sampled_cosines(problem, min(SCALE_SAMPLE, problem.num_base), workers, guess)
     # A row that is not finite is found where all rows are looked at.
     return ratio_Q.nan_to_num(1.0).clamp(1 / LARGEST_RATIO, LARGEST_RATIO)
 
@@ -76,10 +68,8 @@ def sample(num_base: int, size: int) -> Tensor:
     return (place * (num_base / size)).long().clamp(max=num_base - 1)
 
 
-def for_sampled_cosines(
-    problem: Problem, size: int, workers: Workers, use: Callable[[slice, Tensor, Tensor], None]
-) -> None:
-    """Hands (queries, image, text) to `use`: approximate cosines, bfloat16 [Q, B], at least 0; image 0 where excluded."""
+def sampled_cosines(problem: Problem, size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(queries, image, text) with approximate cosines, bfloat16 [Q, B], at least 0; image 0 where excluded."""
     if problem.num_queries == 0 or size == 0:
         return
     dtype = operand_dtype(problem.device.type)
@@ -88,18 +78,15 @@ def for_sampled_cosines(
     base = [present_rows(base_ND, ids_B, absent_B).float().to(dtype) for base_ND in problem.base_ND]
     base = [F.pad(rows_BD, (0, 0, 0, -size % MAXIMUM_OF)) for rows_BD in base]
     lookups = group_lookups(problem, ids_B)
-
-    def screen(rows: slice) -> None:
+    step = QUERIES_AT_ONCE if problem.device.type == "cpu" else GPU_QUERIES_AT_ONCE
+    for start in range(0, problem.num_queries, step):
+        rows = slice(start, min(start + step, problem.num_queries))
         queries = [query_QD[rows].float().to(dtype) for query_QD in problem.query_QD]
         cosines = [_cosines(*pair, ceiling) for *pair, ceiling in zip(queries, base, problem.ceilings, strict=True)]
         found = group_entries(problem, rows, lookups, ids_B)
         for rows_S, places_S in [self_entries(problem, rows, ids_B), *(entries[1:3] for entries in found)]:
             cosines[0][rows_S, places_S] = 0
-        use(rows, *cosines)
-
-    step = QUERIES_AT_ONCE if problem.device.type == "cpu" else GPU_QUERIES_AT_ONCE
-    starts = range(0, problem.num_queries, step)
-    workers.map(screen, [slice(start, min(start + step, problem.num_queries)) for start in starts])
+        yield rows, *cosines
 
 
 def _cosines(query_QD: Tensor, base_BD: Tensor, ceiling: float) -> Tensor:

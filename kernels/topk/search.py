@@ -20,12 +20,11 @@ from kernels.topk.exclusion import ExclusionCount
 from kernels.topk.pilot import guessed_thresholds
 from kernels.topk.problem import Problem
 from kernels.topk.survivors import OUTWARD, Chunk, DenseRows, Survivors, best_first
-from kernels.topk.workers import Workers
 
 # Exact scores are computed for at least this many entries at a time.
 DECIDED_TOGETHER = 8192
-# (problem, thresholds float32 [Q], where to count exclusions or None, workers) -> survivors, complete above their thresholds.
-Sweep = Callable[[Problem, Tensor, ExclusionCount | None, Workers], Survivors]
+# (problem, thresholds float32 [Q], where to count exclusions or None) -> survivors, complete above their thresholds.
+Sweep = Callable[[Problem, Tensor, ExclusionCount | None], Survivors]
 
 
 @dataclass(frozen=True)
@@ -44,52 +43,45 @@ class Answer:
 def search_all(problem: Problem, sweep: Sweep, queries_together: int) -> tuple[Answer, ExclusionCount]:
     """The answer and what was excluded for all queries, searched `queries_together` at a time."""
     answers, excluded = [], ExclusionCount.none(problem.num_queries, problem.num_base, problem.device)
-    with Workers(problem.device.type) as workers:
-        for start in range(0, max(problem.num_queries, 1), queries_together):
-            rows = slice(start, min(start + queries_together, problem.num_queries))
-            answers.append(search(problem.of_queries(rows), sweep, excluded.of_queries(rows), workers))
+    for start in range(0, max(problem.num_queries, 1), queries_together):
+        rows = slice(start, min(start + queries_together, problem.num_queries))
+        answers.append(search(problem.of_queries(rows), sweep, excluded.of_queries(rows)))
     columns = zip(*(answer.columns() for answer in answers), strict=True)
     return Answer(*(torch.cat(parts) for parts in columns)), excluded
 
 
-def search(problem: Problem, sweep: Sweep, excluded: ExclusionCount, workers: Workers) -> Answer:
+def search(problem: Problem, sweep: Sweep, excluded: ExclusionCount) -> Answer:
     """The exact answer for all queries of the problem; fills `excluded`."""
     least_Q = (problem.floor_Q * (1 - OUTWARD)).float()
     threshold_Q = least_Q
     if not (isinstance(problem.floor, Tensor) and (least_Q > 0).all()):
         # A floor of each query's own comes from another part of the base, and is a better guess than a sample's.
-        threshold_Q = torch.maximum(guessed_thresholds(problem, workers), least_Q)
-    survivors = sweep(problem, threshold_Q, excluded, workers)
-    answer = decide(problem, survivors, workers)
+        threshold_Q = torch.maximum(guessed_thresholds(problem), least_Q)
+    survivors = sweep(problem, threshold_Q, excluded)
+    answer = decide(problem, survivors)
     # A later sweep starts from the k-th best found, which is proven to be below the k-th best there is.
     kth_Q = answer.score_QK[:, -1]
     missed = ((survivors.threshold_Q > kth_Q) & (survivors.threshold_Q > least_Q)).nonzero()[:, 0]
     if len(missed):
         again = problem.of_queries(missed)
         lower_Q = torch.maximum((kth_Q[missed] * (1 - OUTWARD)).float(), least_Q[missed])
-        found = decide(again, sweep(again, lower_Q, None, workers), workers)
+        found = decide(again, sweep(again, lower_Q, None))
         answer = Answer(*(a.index_copy(0, missed, b) for a, b in zip(answer.columns(), found.columns(), strict=True)))
     return answer
 
 
-def decide(problem: Problem, survivors: Survivors, workers: Workers) -> Answer:
+def decide(problem: Problem, survivors: Survivors) -> Answer:
     """The k best of the survivors by exact score, ties by the lower id."""
     # Once, in place of for every chunk.
     problem = replace(problem, query_QD=tuple(double_rows(rows_QD) for rows_QD in problem.query_QD))
-    survivors.compact(lambda rows_S, ids_S: exact_score(problem, rows_S, ids_S)[2])
-    undecided = joined(survivors.chunks)
     # Fresh memory for every chunk's rows costs page faults, more than their conversion.
-    scratches = [Scratch(problem.device) for _ in range(workers.number)]
-    exact = []
-    for start in range(0, len(undecided), workers.number):
-        part = undecided[start : start + workers.number]
-        exact += workers.map(
-            lambda chunk, scratch: exact_score(problem, chunk.rows_S, chunk.ids_S, scratch), part, scratches
-        )
-    chunks = [
-        Chunk(chunk.rows_S, chunk.ids_S, found[2], found[2]) for chunk, found in zip(undecided, exact, strict=True)
-    ]
-    similarity = [found[:2] for found in exact]
+    scratch = Scratch(problem.device)
+    survivors.compact(lambda rows_S, ids_S: exact_score(problem, rows_S, ids_S, scratch)[2])
+    chunks, similarity = [], []
+    for chunk in joined(survivors.chunks):
+        *exact, score_S = exact_score(problem, chunk.rows_S, chunk.ids_S, scratch)
+        chunks.append(Chunk(chunk.rows_S, chunk.ids_S, score_S, score_S))
+        similarity.append(exact)
     num_queries, k = problem.num_queries, problem.k
     if not chunks:
         zeros_QK = torch.zeros(num_queries, k, dtype=torch.float64, device=problem.device)
