@@ -13,6 +13,7 @@ from kernels import product_topk
 from kernels.topk import TopK
 from kernels.topk.blockwise import Tiles, product_topk_blockwise
 from kernels.topk.function import OPERATION
+from kernels.topk.operands import base_operand, query_operand, screening_product
 from kernels.topk.problem import Problem
 
 
@@ -128,6 +129,68 @@ def test_a_base_of_equal_rows_stays_within_its_memory():
     base = [row.repeat(20000, 1).half()] * 2
     problem = Problem((base[0][:64], base[1][:64]), tuple(base), 4, torch.arange(64))
     assert product_topk_blockwise(problem, Tiles(base_tile=512))[0].ids_QK[0].tolist() == [1, 2, 3, 4]
+
+
+def hostile_towers(num_rows: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Zeros, tiny and huge norms, opposite and equal rows among ordinary ones; similarities far apart between the towers."""
+    towers_of = [
+        unit_rows(num_rows, 40, seed=1, dtype=torch.float64, spread=0.3),
+        unit_rows(num_rows, 23, seed=2, dtype=torch.float64, spread=4.0),
+    ]
+    for rows in towers_of:
+        rows[::17] = 0
+        rows[3::19] *= 2.0**-9
+        rows[5::23] *= 200
+        rows[7::29] *= -1
+        rows[9::31] = rows[9]
+    return [rows.to(dtype) for rows in towers_of]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("limits", [{}, {"image_ceiling": 0.9, "text_ceiling": 0.6}])
+@pytest.mark.parametrize("k", [3, 60])
+def test_rows_of_any_length_are_ranked_as_defined(dtype, limits, k):
+    base = hostile_towers(5000, dtype)
+    queries = torch.arange(0, 5000, 61)
+    settings = {"valid_N": torch.arange(5000) % 11 != 2, **limits}
+    found = search(base, queries, k, backend="blockwise", **settings)
+    expected = search(base, queries, k, backend="reference", **settings)
+    assert found.num_excluded_QC.equal(expected.num_excluded_QC)
+    if dtype == torch.float16:
+        # Its sums are exact, and so are ties.
+        assert_equal(found, expected)
+    else:
+        for name in ("image_similarity_QK", "text_similarity_QK"):
+            torch.testing.assert_close(
+                getattr(found, name).sum(1), getattr(expected, name).sum(1), rtol=1e-12, atol=1e-12
+            )
+
+
+def test_pairs_that_take_no_part_may_hold_nan_and_others_may_not():
+    base = towers(300)
+    queries = torch.arange(0, 300, 7)
+    expected = search(base, queries, 5, backend="blockwise", valid_N=torch.arange(300) != 33)
+    for rows in base:
+        rows[33] = torch.nan
+    assert_equal(search(base, queries, 5, backend="blockwise", valid_N=torch.arange(300) != 33), expected)
+    with pytest.raises(ValueError, match="base image features must be finite unit rows, but row 33 holds"):
+        search(base, queries, 5, backend="blockwise")
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.02])
+def test_screening_product_is_positive_wherever_the_sum_of_cosines_reaches_the_limit(scale):
+    query, base = hostile_towers(300, torch.float32), hostile_towers(300, torch.float32)
+    scales = (torch.full((300,), 1 / scale), torch.full((300,), scale))
+    operands = query_operand(query, scales), base_operand(base, 4)
+    exact = [rows.double() @ other.double().T for rows, other in zip(query, base, strict=True)]
+    total = exact[0] / torch.tensor(scale).double() + exact[1] * torch.tensor(scale).double()
+    for column in range(0, 300, 3):
+        # Each query's limit is what one base row reaches to the last bit, where that is no negative number.
+        operands[0].set_limit((total[:, column] * (1 - 2.0**-23)).clamp(min=0))
+        product = torch.empty(300, len(operands[1].rows_BE), dtype=torch.bfloat16)
+        screening_product(operands[0].rows_BE, operands[1].rows_BE, product)
+        place = column % 4 * (len(operands[1].rows_BE) // 4) + column // 4
+        assert (product[total[:, column] > 0, place] > 0).all()
 
 
 @pytest.mark.parametrize("backend", ["reference", "blockwise"])

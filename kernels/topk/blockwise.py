@@ -35,7 +35,7 @@ from kernels.topk.tile import MAXIMUM_OF, TOWERS, BaseTile, base_tile, self_entr
 
 # Queries searched together, so that base rows are prepared for many; and the tile of one screening product.
 QUERIES_TOGETHER = 4096
-QUERY_TILE = 1024
+QUERY_TILE = 2048
 BASE_TILE = 1024
 # Scores below are none: products of float32 numbers near it underflow.
 SMALLEST_SCORE = 2.0**-100
@@ -92,7 +92,9 @@ class Screen:
         """Screen the base rows `ids` and keep what could still be among the k best."""
         tile = base_tile(self.problem, ids, self.scratch)
         starts = range(0, self.problem.num_queries, self.tiles.query_tile)
-        parts = [self.candidates(tile, slice(s, min(s + self.tiles.query_tile, self.problem.num_queries))) for s in starts]
+        parts = [
+            self.candidates(tile, slice(s, min(s + self.tiles.query_tile, self.problem.num_queries))) for s in starts
+        ]
         rows_S, places_S = (torch.cat(columns) for columns in zip(*parts, strict=True))
         self.survivors.append(self.bounded(tile, rows_S, places_S))
         if self.survivors.is_full:
