@@ -37,8 +37,8 @@ from kernels.topk.tile import MAXIMUM_OF, TOWERS, BaseTile, base_tile, self_entr
 QUERIES_TOGETHER = 4096
 QUERY_TILE = 2048
 BASE_TILE = 1024
-# Scores below are none: products of float32 numbers near it underflow.
-SMALLEST_SCORE = 2.0**-100
+# Scores below are none; and more than all terms of a float32 product lose that underflow.
+SMALLEST_SCORE, UNDERFLOW = 2.0**-100, 2.0**-108
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Screen:
         """float32 [Q]: bound on the error of a float32 product with any row of the tile, whatever the order of its sum."""
         # 8: for rows that lost something when they were made float32, and the rounding of norms and bounds.
         share = 1.02 * (tile.towers[tower].shape[1] + 8) * FLOAT32_ROUNDING
-        return self.norms[tower] * (share * tile.operand.bounds[tower][0].max())
+        return self.norms[tower] * (share * tile.operand.bounds[tower][0].max()) + UNDERFLOW
 
     def _excluded(self, tile: BaseTile, rows: slice) -> list[tuple[Tensor, Tensor]]:
         """(rows_S, places_S) of what is no candidate; counted by cause where counts are wanted."""
