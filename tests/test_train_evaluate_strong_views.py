@@ -236,3 +236,8 @@ def test_published_heads_of_other_layers_are_refused(world, rocket):
     torch.save({"state_dict": fewer}, world / "fewer.pt")
     with pytest.raises(ValueError, match=r"fewer\.pt: its l2l_text_projector is not the three layers"):
         main(flags(world, world / "fewer.pt"))
+
+
+def test_a_folders_architecture_is_not_for_the_command_line(world):
+    with pytest.raises(ValueError, match="model_name=ViT-B-16 is for a file of published weights"):
+        main([*flags(world, world / "export"), "--model_name", "ViT-B-16"])

@@ -152,6 +152,10 @@ def load_model(checkpoint: str | Path, device: str | torch.device = "cpu", *, na
     path = folder_or_file(str(checkpoint))
     if path is not None and path.is_file():
         return _load_published(path, device, name)
+    if name:
+        raise ValueError(
+            f"model_name={name} is for a file of published weights; {checkpoint} says what it is, leave it out"
+        )
     folder = checkpoint_folder(checkpoint)
     model, preprocess = _read_model(folder)
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
