@@ -9,7 +9,7 @@ from torch import Tensor
 from kernels.bench.measure import Contender
 from kernels.bench.peers import linear_cross_entropy_twice, open_clip_loss
 from kernels.contrastive import contrastive_loss
-from kernels.contrastive.blockwise import COLUMN_TILE, ROW_TILE, tiles
+from kernels.contrastive.blockwise import COLUMN_TILE, row_tile_for, tiles
 
 PEER = "open_clip ClipLoss"
 FLOOR = "bare products"
@@ -83,7 +83,7 @@ def gradients_of(loss, rows: list[Tensor], scalars: dict[str, float]) -> list[Te
 def bare_products(image_BD: Tensor, text_BD: Tensor) -> None:
     """The four products of forward and backward, and nothing else: on the CPU float32 over the same tiles, on a GPU in
     the features' dtype over tiles that fill it."""
-    row_tile, column_tile = ROW_TILE, COLUMN_TILE
+    row_tile, column_tile = row_tile_for(image_BD.dtype), COLUMN_TILE
     if image_BD.device.type == "cuda":
         row_tile, column_tile = GPU_TILE
     else:

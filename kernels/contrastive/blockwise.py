@@ -21,8 +21,9 @@ from kernels.rows.precision import accumulation_dtype, bfloat16_units
 from kernels.rows.scratch import Scratch
 from kernels.rows.sums import WeightedSums
 
-ROW_TILE = 2048
-COLUMN_TILE = 1024
+ROW_TILE, COLUMN_TILE = 1024, 1024
+# A bfloat16 product W @ y takes twice as long with fewer rows.
+BFLOAT16_ROW_TILE = 2048
 PART_ROWS = 512
 # How far apart two references may lie (in nats) for one exponential to serve rows and columns: what underflows in one
 # is then nothing in the other either.
@@ -70,6 +71,10 @@ class Statistics:
     column_active_A: Tensor
 
 
+def row_tile_for(dtype: torch.dtype) -> int:
+    return BFLOAT16_ROW_TILE if dtype == torch.bfloat16 else ROW_TILE
+
+
 def tiles(num_rows: int, tile: int, group_rows: int) -> Iterator[tuple[int, int]]:
     """Half-open ranges of whole groups, about `tile` rows each."""
     step = max(tile // group_rows, 1) * group_rows
@@ -80,29 +85,35 @@ def tiles(num_rows: int, tile: int, group_rows: int) -> Iterator[tuple[int, int]
 def forward_sweep(
     x_BD: Tensor, y_GD: Tensor, *, scale: float | Tensor, offset: int, hinges: Hinges, row_tile: int, column_tile: int
 ) -> Statistics:
-    """Statistics of x_BD @ y_GD.T off the diagonal. `scale` as a tensor, 0-d, is waited for, which costs a CPU nothing."""
-    scale = float(scale)
+    """Statistics of x_BD @ y_GD.T off the diagonal. row_tile 0: what suits the dtype. `scale` as a tensor, 0-d, is waited
+    for, which costs a CPU nothing."""
+    scale, row_tile = float(scale), row_tile or row_tile_for(x_BD.dtype)
     stats = _empty_statistics(len(x_BD), len(y_GD), hinges, x_BD.device)
     dtype = accumulation_dtype(x_BD.dtype)
     stats.tile_diagonal_B = x_BD.new_zeros(len(x_BD), dtype=dtype)
     group = hinges.group_rows
     scratch = Scratch(x_BD.device)
+    exponentials = _ExponentialSums(stats, scale, dtype)
     for i0, i1 in tiles(len(x_BD), row_tile, group):
         x_tile = scratch.rows_in(dtype, x_BD[i0:i1], "rows")
         for j0, j1 in tiles(len(y_GD), column_tile, group):
             y_tile = scratch.rows_in(dtype, y_GD[j0:j1], "columns")
-            cosine, work = (scratch.matrix(name, i1 - i0, j1 - j0, dtype) for name in ("cosine", "work"))
+            cosine = scratch.matrix("cosine", i1 - i0, j1 - j0, dtype)
             cosine_tile(x_tile, y_tile, out=cosine, exact_in_bfloat16=x_BD.dtype == torch.bfloat16)
-            band = _band(offset + i0, offset + i1, j0, j1)
-            if band is not None:
-                diagonal = cosine[band].diagonal()
-                first = i0 + band[0].start
-                stats.tile_diagonal_B[first : first + len(diagonal)] = diagonal
-                diagonal.fill_(-torch.inf)
-            _add_exponentials(stats, cosine, work, (i0, i1), (j0, j1), scale)
-            if band is not None and (hinges.row_A is not None or hinges.column_A is not None):
-                _exclude_groups(cosine[band], group)
-            _add_hinges(stats, hinges, cosine, work, (i0, i1), (j0, j1))
+            for r0, r1 in tiles(i1 - i0, PART_ROWS, group):
+                part, rows = cosine[r0:r1], (i0 + r0, i0 + r1)
+                work = scratch.matrix("work", *part.shape, dtype)
+                band = _band(offset + rows[0], offset + rows[1], j0, j1)
+                if band is not None:
+                    diagonal = part[band].diagonal()
+                    first = rows[0] + band[0].start
+                    stats.tile_diagonal_B[first : first + len(diagonal)] = diagonal
+                    diagonal.fill_(-torch.inf)
+                exponentials.add(part, work, slice(*rows), slice(j0, j1))
+                if band is not None and (hinges.row_A is not None or hinges.column_A is not None):
+                    _exclude_groups(part[band], group)
+                _add_hinges(stats, hinges, part, work, rows, (j0, j1))
+    exponentials.finish()
     return stats
 
 
@@ -129,27 +140,27 @@ def gradient_sweep(
 
     The gradient with respect to cosine (i, j) is row_weight_i * exp(s_ij - row_lse_i) + column_weight_j * exp(s_ij -
     column_lse_j), and outside the groups hinge_weight for exceeding the row's threshold, again for the column's.
-    Weights of None are 1.
+    Weights of None are 1. row_tile 0: what suits the dtype.
     """
+    row_tile = row_tile or row_tile_for(x_BD.dtype)
     scale, hinge_weight, cosine_origin = float(scale), float(hinge_weight), float(cosine_origin)
     dtype, group = accumulation_dtype(x_BD.dtype), hinges.group_rows
     scale_sum = torch.zeros((), dtype=torch.float64, device=x_BD.device)
     scratch = Scratch(x_BD.device)
     sums = WeightedSums(x_BD, y_GD, want_x=want_x, want_y=want_y, round_rest_sums=True, scratch=scratch)
+    rows, columns = SoftmaxTerms(row_lse_B, row_weight_B), SoftmaxTerms(column_lse_G, column_weight_G)
+    softmax = SoftmaxSum(rows, columns, scale, dtype) if len(x_BD) and len(y_GD) else None
     for i0, i1 in tiles(len(x_BD), row_tile, group):
         x_tile = scratch.rows_in(dtype, x_BD[i0:i1], "rows")
         for j0, j1 in tiles(len(y_GD), column_tile, group):
             y_tile = scratch.rows_in(dtype, y_GD[j0:j1], "columns")
             cosine = scratch.matrix("cosine", i1 - i0, j1 - j0, dtype)
             cosine_tile(x_tile, y_tile, out=cosine, exact_in_bfloat16=x_BD.dtype == torch.bfloat16)
-            rows = SoftmaxTerms.of(row_lse_B, row_weight_B, i0, i1)
-            columns = SoftmaxTerms.of(column_lse_G, column_weight_G, j0, j1)
-            softmax = SoftmaxSum(rows, columns, scale, dtype)
             # In parts that stay in a processor's cache; a part's weights take the place of its cosines.
             for r0, r1 in tiles(i1 - i0, PART_ROWS, group):
                 part = cosine[r0:r1]
                 gradient, work = (scratch.matrix(name, *part.shape, dtype) for name in ("gradient", "work"))
-                softmax.fill(part, slice(r0, r1), gradient, work)
+                softmax.fill(part, slice(i0 + r0, i0 + r1), slice(j0, j1), gradient, work)
                 band = _band(offset + i0 + r0, offset + i0 + r1, j0, j1)
                 if band is not None:
                     gradient[band].diagonal().zero_()
@@ -168,23 +179,23 @@ def cosine_tile(x_BD: Tensor, y_BD: Tensor, *, out: Tensor, exact_in_bfloat16: b
         torch.mm(x_BD, y_BD.T, out=out)
 
 
-def row_dots(x_BD: Tensor, y_BD: Tensor, *, row_tile: int) -> Tensor:
+def row_dots(x_BD: Tensor, y_BD: Tensor, *, block_rows: int) -> Tensor:
     """float64 [B] dot products of matching rows: the positive pairs."""
     dots_B = x_BD.new_zeros(len(x_BD), dtype=torch.float64)
-    for i0, i1 in tiles(len(x_BD), row_tile, 1):
+    for i0, i1 in tiles(len(x_BD), block_rows, 1):
         torch.sum(x_BD[i0:i1].double() * y_BD[i0:i1].double(), dim=1, out=dots_B[i0:i1])
     return dots_B
 
 
-def mean_row(x_GD: Tensor, *, row_tile: int) -> Tensor:
+def mean_row(x_GD: Tensor, *, block_rows: int) -> Tensor:
     """float64 [D] mean over the rows."""
     sum_D = x_GD.new_zeros(x_GD.shape[1], dtype=torch.float64)
-    for i0, i1 in tiles(len(x_GD), row_tile, 1):
+    for i0, i1 in tiles(len(x_GD), block_rows, 1):
         sum_D += x_GD[i0:i1].double().sum(0)
     return sum_D / len(x_GD)
 
 
-def hard_minimum(anchor_BD: Tensor, hard_BD: Tensor, group_rows: int, *, row_tile: int) -> tuple[Tensor, Tensor]:
+def hard_minimum(anchor_BD: Tensor, hard_BD: Tensor, group_rows: int, *, block_rows: int) -> tuple[Tensor, Tensor]:
     """Smallest cosine of each group's anchor (taken from the first tensor) with its hard rows (from the second), and
     its row.
 
@@ -194,7 +205,7 @@ def hard_minimum(anchor_BD: Tensor, hard_BD: Tensor, group_rows: int, *, row_til
     num_groups = len(anchor_BD) // group_rows
     threshold_A = anchor_BD.new_zeros(num_groups, dtype=dtype)
     row_A = torch.zeros(num_groups, dtype=torch.int64, device=anchor_BD.device)
-    for i0, i1 in tiles(len(anchor_BD), row_tile, group_rows):
+    for i0, i1 in tiles(len(anchor_BD), block_rows, group_rows):
         a0, a1 = i0 // group_rows, i1 // group_rows
         anchors = anchor_BD[i0:i1:group_rows].to(dtype)
         hard = hard_BD[i0:i1].unflatten(0, (-1, group_rows))[:, 1:].to(dtype)
@@ -251,11 +262,61 @@ def _band(i0: int, i1: int, j0: int, j1: int) -> tuple[slice, slice] | None:
     return (slice(low - i0, high - i0), slice(low - j0, high - j0)) if low < high else None
 
 
+class _ExponentialSums:
+    """The running (max, sum) of rows and columns.
+
+    One reference serves all rows and columns as long as no maximum lies further from it than SHARED_EXPONENT_RANGE;
+    parts of a tile for which that fails are folded into `stats` by themselves.
+    """
+
+    def __init__(self, stats: Statistics, scale: float, dtype: torch.dtype) -> None:
+        self.stats, self.scale, self.dtype = stats, scale, dtype
+        self.reference: float | None = None
+        self.row_max, self.column_max = (
+            torch.full_like(maxima, -torch.inf, dtype=dtype) for maxima in (stats.row_max_B, stats.column_max_G)
+        )
+        self.row_sum, self.column_sum = (torch.zeros_like(sums) for sums in (stats.row_sum_B, stats.column_sum_G))
+
+    def add(self, cosine: Tensor, work: Tensor, rows: slice, columns: slice) -> None:
+        row_max, column_max = cosine.amax(1), cosine.amax(0)
+        if self.reference is None:
+            # A number of the tile's dtype, some way below the highest, where other parts' are likely to lie around it.
+            self.reference = (row_max.amax() * self.scale - SHARED_EXPONENT_RANGE / 2).item()
+            self.minus_reference = cosine.new_full((), -self.reference)
+        lowest, highest = torch.minimum(row_max.amin(), column_max.amin()).item(), row_max.amax().item()
+        margin = SHARED_EXPONENT_RANGE
+        if not -margin < self.scale * lowest - self.reference <= self.scale * highest - self.reference < margin:
+            _add_exponentials(self.stats, cosine, work, row_max, column_max, (rows, columns), self.scale)
+            return
+        torch.add(self.minus_reference, cosine, alpha=self.scale, out=work).clamp_(min=LEAST_EXPONENT).exp_()
+        self.row_sum[rows] += work.sum(1)
+        self.column_sum[columns] += work.sum(0)
+        for maxima, part in ((self.row_max[rows], row_max), (self.column_max[columns], column_max)):
+            torch.maximum(maxima, part, out=maxima)
+
+    def finish(self) -> None:
+        """Fold everything into `stats`."""
+        stats, scale = self.stats, self.scale
+        for max_N, sum_N, own_max_N, own_sum_N in (
+            (stats.row_max_B, stats.row_sum_B, self.row_max, self.row_sum),
+            (stats.column_max_G, stats.column_sum_G, self.column_max, self.column_sum),
+        ):
+            # Of a row or column that was never added the maximum is -inf, and the sum stays 0.
+            exponent_N = (self.reference or 0.0) - reference_logit(_finite_or_zero(own_max_N), scale, self.dtype)
+            own_sum_N *= torch.exp(exponent_N.masked_fill_(own_sum_N == 0, 0.0))
+            _merge(max_N, sum_N, own_max_N, own_sum_N, scale)
+
+
 def _add_exponentials(
-    stats: Statistics, cosine: Tensor, work: Tensor, rows: tuple[int, int], columns: tuple[int, int], scale: float
+    stats: Statistics,
+    cosine: Tensor,
+    work: Tensor,
+    row_max: Tensor,
+    column_max: Tensor,
+    place: tuple[slice, slice],
+    scale: float,
 ) -> None:
-    """Fold a tile into the running (max, sum) of its rows and columns."""
-    row_max, column_max = cosine.amax(1), cosine.amax(0)
+    """Fold part of a tile into the running (max, sum) of its rows and columns, each by its own reference."""
     row_reference = reference_logit(_finite_or_zero(row_max), scale, cosine.dtype)
     column_reference = reference_logit(_finite_or_zero(column_max), scale, cosine.dtype)
     row_sum = _exponentials(cosine, row_reference[:, None], scale, work).sum(1)
@@ -266,7 +327,7 @@ def _add_exponentials(
         column_sum = torch.mv(work.T, weight.to(work.dtype)).double() * torch.exp(highest - column_reference)
     else:
         column_sum = _exponentials(cosine, column_reference[None, :], scale, work).sum(0)
-    own, others = slice(*rows), slice(*columns)
+    own, others = place
     _merge(stats.row_max_B[own], stats.row_sum_B[own], row_max, row_sum, scale)
     _merge(stats.column_max_G[others], stats.column_sum_G[others], column_max, column_sum, scale)
 
@@ -286,14 +347,10 @@ def _merge(max_B: Tensor, sum_B: Tensor, tile_max_B: Tensor, tile_sum_B: Tensor,
 
 @dataclass(frozen=True)
 class SoftmaxTerms:
-    """Of a tile's rows or columns, float64: weight * exp(s - lse); a weight of None is 1."""
+    """Of rows or columns, float64: weight * exp(s - lse); a weight of None is 1."""
 
     lse_B: Tensor
     weight_B: Tensor | None
-
-    @classmethod
-    def of(cls, lse_B: Tensor, weight_B: Tensor | None, start: int, stop: int) -> "SoftmaxTerms":
-        return cls(lse_B[start:stop], None if weight_B is None else weight_B[start:stop])
 
     def factor(self, reference: Tensor) -> Tensor:
         """What turns exp(s - reference) into the term."""
@@ -302,7 +359,7 @@ class SoftmaxTerms:
 
 
 class SoftmaxSum:
-    """The sum of a tile's row and column terms, some of its rows at a time."""
+    """The sum of row and column terms, for a part of all rows and columns at a time."""
 
     def __init__(self, rows: SoftmaxTerms, columns: SoftmaxTerms, scale: float, dtype: torch.dtype) -> None:
         self.scale = scale
@@ -318,15 +375,15 @@ class SoftmaxSum:
         self.row_factor = rows.factor(self.row_reference.reshape(-1)).to(dtype)[:, None]
         self.column_factor = columns.factor(column_reference).to(dtype)[None, :]
 
-    def fill(self, cosine: Tensor, rows: slice, out: Tensor, work: Tensor) -> None:
-        """Rows `rows` of the tile into `out`."""
+    def fill(self, cosine: Tensor, rows: slice, columns: slice, out: Tensor, work: Tensor) -> None:
+        """The terms of `rows` and `columns`, whose cosines these are, into `out`."""
         if self.column_reference is None:
             _exponentials(cosine, self.row_reference, self.scale, out)
-            out.mul_(torch.add(self.row_factor[rows], self.column_factor, out=work))
+            out.mul_(torch.add(self.row_factor[rows], self.column_factor[:, columns], out=work))
             return
         _exponentials(cosine, self.row_reference[rows], self.scale, out)
-        _exponentials(cosine, self.column_reference[None, :], self.scale, work)
-        out.mul_(self.row_factor[rows]).addcmul_(work, self.column_factor)
+        _exponentials(cosine, self.column_reference[None, columns], self.scale, work)
+        out.mul_(self.row_factor[rows]).addcmul_(work, self.column_factor[:, columns])
 
 
 def _add_active_hinges(

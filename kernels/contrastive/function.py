@@ -41,9 +41,9 @@ def forward(towers: Towers, scale: Tensor, options: Options, layout: Layout) -> 
         column_tile=options.column_tile,
     )
     text_off_B, text_max_B, text_hinge_A, text_active_A = reduce_columns(stats, scale, layout, dtype, group_rows=group)
-    positive_B = scale * blockwise.row_dots(image_BD, text_BD, row_tile=options.row_tile)
+    positive_B = scale * blockwise.row_dots(image_BD, text_BD, block_rows=options.block_rows)
     image_off_B = blockwise.log_sum_exp(stats.row_max_B, stats.row_sum_B, scale, dtype)
-    settings = {"scale": scale, "offset": layout.offset, "column_tile": options.column_tile}
+    settings = {"scale": scale, "offset": layout.offset, "block_rows": options.block_rows}
     exact_image_off_B = refine_hardest(image_off_B, positive_B, image_BD, text_GD, **settings)
     exact_text_off_B = refine_hardest(text_off_B, positive_B, text_BD, image_GD, **settings)
     # A tie with another row counts as wrong: features that have collapsed to one point score 0, not 1.
@@ -94,7 +94,7 @@ def _thresholds(
     """Thresholds of all ranks' anchors and the rows of our own minima. Collective: every rank calls."""
     if not options.has_hinge(direction):
         return None, None
-    own_A, row_A = blockwise.hard_minimum(anchor_BD, hard_BD, options.group_rows, row_tile=options.row_tile)
+    own_A, row_A = blockwise.hard_minimum(anchor_BD, hard_BD, options.group_rows, block_rows=options.block_rows)
     return gather_rows(own_A[:, None], layout, rows_per_item=options.group_rows)[:, 0], row_A
 
 
@@ -124,7 +124,7 @@ def _smoothing_cosine(image_GD: Tensor, text_GD: Tensor, mean_positive: Tensor, 
     """Label smoothing's part of the loss over the scale: the uniform target needs only the two mean rows, no sweep."""
     if not options.label_smoothing:
         return torch.zeros_like(mean_positive)
-    means = [blockwise.mean_row(rows, row_tile=options.row_tile) for rows in (image_GD, text_GD)]
+    means = [blockwise.mean_row(rows, block_rows=options.block_rows) for rows in (image_GD, text_GD)]
     return options.label_smoothing * (mean_positive - torch.dot(*means))
 
 

@@ -129,7 +129,7 @@ def _sweep(
         **options.gradient_settings,
     )
     shared = {"scale": step.state.scale, "cosine_origin": step.state.mean_positive_cosine}
-    shared["row_tile"] = options.column_tile
+    shared["block_rows"] = options.block_rows
     for hard, rows_RD, others_RD, d_hard, d_rows in (
         (x_hard, x.own_BD, y.all_GD, dx_BD, dy_GD),
         (y_hard, y.all_GD, x.own_BD, dy_GD, dx_BD),
@@ -145,8 +145,8 @@ def _finish(d_own_BD: Tensor, own: _Tower, other: _Tower, step: _Step) -> None:
     options, dtype = step.options, d_own_BD.dtype
     smoothing, mean_D = 2 * step.factor * options.label_smoothing, None
     if options.label_smoothing:
-        mean_D = blockwise.mean_row(other.all_GD, row_tile=options.row_tile).to(dtype)
-    for i0, i1 in blockwise.tiles(len(d_own_BD), options.row_tile, 1):
+        mean_D = blockwise.mean_row(other.all_GD, block_rows=options.block_rows).to(dtype)
+    for i0, i1 in blockwise.tiles(len(d_own_BD), options.block_rows, 1):
         rows, positive = d_own_BD[i0:i1].mul_(step.factor), other.own_BD[i0:i1].to(dtype)
         rows.sub_(positive * step.positive_weight_B[i0:i1, None].to(dtype))
         if step.has_margin:

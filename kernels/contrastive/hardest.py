@@ -63,14 +63,14 @@ def num_refined(num_all_rows: int, dtype: torch.dtype) -> int:
 
 
 def refine_hardest(
-    off_B: Tensor, positive_B: Tensor, x_BD: Tensor, y_GD: Tensor, *, scale: Tensor, offset: int, column_tile: int
+    off_B: Tensor, positive_B: Tensor, x_BD: Tensor, y_GD: Tensor, *, scale: Tensor, offset: int, block_rows: int
 ) -> Tensor:
     """off_B with the log-sum-exps of the rows of largest loss computed anew, from float64 products."""
     if x_BD.dtype == torch.float64 or len(x_BD) == 0:
         return off_B
     rows_K = torch.topk(off_B - positive_B, min(REFINED_ROWS, len(off_B))).indices
     hard_KD, parts = x_BD[rows_K].double(), []
-    for j0, j1 in tiles(len(y_GD), column_tile, 1):
+    for j0, j1 in tiles(len(y_GD), block_rows, 1):
         columns = y_GD[j0:j1].double()
         logits = (hard_KD @ columns.T).mul_(scale)
         fill_partners(logits, rows_K + offset - j0, -torch.inf)
@@ -107,7 +107,7 @@ def add_softmax_terms(
     cosine_origin: Tensor,
     d_hard: Tensor | None,
     d_rows: Tensor | None,
-    row_tile: int,
+    block_rows: int,
 ) -> Tensor:
     """What the sweep left out: the terms p = exp(s - lse) of `hard` with all rows_RD but their partners.
 
@@ -116,7 +116,7 @@ def add_softmax_terms(
     """
     hard_HD = hard_HD.double()
     d_hard_HD, total = torch.zeros_like(hard_HD), hard_HD.new_zeros(())
-    for r0, r1 in tiles(len(rows_RD), row_tile, 1):
+    for r0, r1 in tiles(len(rows_RD), block_rows, 1):
         rows = rows_RD[r0:r1].double()
         cosine = hard_HD @ rows.T
         softmax = torch.exp(scale * cosine - hard.lse_H[:, None])

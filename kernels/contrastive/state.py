@@ -27,7 +27,7 @@ class Options(SweepOptions):
     margin_space: str = "cosine"
     margin_direction: str = "both"
     label_smoothing: float = 0.0
-    row_tile: int = blockwise.ROW_TILE
+    row_tile: int = 0
     column_tile: int = blockwise.COLUMN_TILE
 
     @property

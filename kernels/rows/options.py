@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import ClassVar, Self
 
-# Of rows whose own terms (not their tiles) are formed together on a GPU: few launches, at 64 MiB for a float64 copy at
-# D = 512.
-GPU_ROWS = 16384
+# Rows whose own terms (not their tiles) are formed together: on a processor as many as stay in its cache, on a GPU in few
+# launches, at 64 MiB for a float64 copy at D = 512.
+BLOCK_ROWS, GPU_BLOCK_ROWS = 256, 16384
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,11 @@ class SweepOptions:
 
     backend: str = "blockwise"
     gradient_operand: str = "precise"
+    block_rows: int = BLOCK_ROWS
 
     def on(self, backend: str) -> Self:
-        """The same settings for the backend that runs in place of "auto"; tiles that suit a processor's cache would cost a
-        GPU a launch each."""
-        if backend != "triton":
-            return replace(self, backend=backend)
-        return replace(self, backend=backend, row_tile=GPU_ROWS, column_tile=GPU_ROWS)
+        """The same settings for the backend that runs in place of "auto"."""
+        return replace(self, backend=backend, block_rows=GPU_BLOCK_ROWS if backend == "triton" else self.block_rows)
 
     @property
     def sweeps(self) -> ModuleType:

@@ -41,7 +41,7 @@ def forward(towers: Towers, scalars: list[Tensor], options: Options, layout: Lay
     """(terms loss, positive and negative in float64; scale, bias and the positive logits of this rank's B rows).
     Collective: every rank calls."""
     scale, bias = scalars
-    positive_B = scale * row_dots(towers.image_BD, towers.text_BD, row_tile=options.row_tile) + bias
+    positive_B = scale * row_dots(towers.image_BD, towers.text_BD, block_rows=options.block_rows) + bias
     negative = options.sweeps.negative_sum(
         towers.image_BD,
         towers.text_GD,
@@ -69,7 +69,7 @@ def gradients(towers: Towers, state_N: Tensor, options: Options, layout: Layout,
     factor = layout.world_size / layout.total
     for d_own_BD, other_BD in ((d_image, towers.text_BD), (d_text, towers.image_BD)):
         if d_own_BD is not None:
-            _finish(d_own_BD, other_BD, positive_weight_B, factor * scale, options.row_tile)
+            _finish(d_own_BD, other_BD, positive_weight_B, factor * scale, options.block_rows)
     if not wanted.scalars:
         return [d_image, d_text, None, None]
     cosine_sum, weight_sum = sums
@@ -106,9 +106,9 @@ def _sweep(
     )
 
 
-def _finish(d_own_BD: Tensor, other_BD: Tensor, positive_weight_B: Tensor, factor: Tensor, row_tile: int) -> None:
+def _finish(d_own_BD: Tensor, other_BD: Tensor, positive_weight_B: Tensor, factor: Tensor, block_rows: int) -> None:
     """In place: add the positives, which the sweep left out, and scale."""
-    for i0, i1 in tiles(len(d_own_BD), row_tile, 1):
+    for i0, i1 in tiles(len(d_own_BD), block_rows, 1):
         weight = positive_weight_B[i0:i1, None].to(d_own_BD.dtype)
         d_own_BD[i0:i1].sub_(other_BD[i0:i1].to(d_own_BD.dtype) * weight).mul_(factor)
 
