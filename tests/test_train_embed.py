@@ -8,11 +8,13 @@ import torch
 from PIL import Image
 
 from mining import EmbeddingStore
+from mining.manifest import write_manifest
 from tests.tar_shards import ingest
 from tests.tiny_world import deepspeed, program, python, tiny_store, write_shards
 from train.distributed import connected
 from train.embed import EmbedConfig
 from train.embedding import embed
+from train.models.folder import FORMAT_VERSION, KIND
 from train.models.model import ModelConfig, build_model, load_model, save_model
 
 
@@ -26,7 +28,7 @@ def world(tmp_path_factory):
     torch.manual_seed(0)
     model, preprocess = build_model(ModelConfig(name="pocket-rn"))
     save_model(step, "pocket-rn", model.state_dict(), preprocess)
-    (step / "manifest.json").write_text("{}")
+    write_manifest(step, KIND, FORMAT_VERSION, files={})
     return folder, store
 
 

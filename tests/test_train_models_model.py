@@ -11,13 +11,14 @@ import torch
 from open_clip.transform import PreprocessCfg
 from PIL import Image
 
+from mining.manifest import write_manifest
 from train.models.architecture import CLIP_VOCABULARY_SIZE, MODEL_CONFIG_FOLDER
+from train.models.folder import FORMAT_VERSION, KIND, checkpoint_folder
 from train.models.model import (
     ModelConfig,
     TwoTowers,
     build_model,
     build_tokenizer,
-    checkpoint_folder,
     load_model,
     save_model,
 )
@@ -32,7 +33,7 @@ def saved(tmp_path_factory):
     torch.manual_seed(0)
     model, preprocess = build_model(ModelConfig(name="pocket-rn"))
     save_model(folder, "pocket-rn", model.state_dict(), preprocess)
-    (folder / "manifest.json").write_text("{}")
+    write_manifest(folder, KIND, FORMAT_VERSION, files={})
     return run, folder, model.eval()
 
 
@@ -162,3 +163,14 @@ def test_a_hugging_face_text_tower_gets_the_library_that_is_otherwise_left_out(t
 def test_programs_start_without_transformers():
     code = "import sys, train.loop, train.evaluate.__main__; print([m for m in sys.modules if m.split('.')[0] == 'transformers'])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_checkpoint_of_another_format_is_passed_over_by_name(tmp_path, capsys):
+    step = tmp_path / "run/checkpoints/step_3"
+    step.mkdir(parents=True)
+    write_manifest(step, KIND, FORMAT_VERSION - 1, files={"open_clip_model.safetensors": 11342576})
+    with pytest.raises(ValueError, match="holds no complete checkpoint yet"):
+        checkpoint_folder(tmp_path / "run")
+    assert (
+        f"format version {FORMAT_VERSION - 1}, this program reads version {FORMAT_VERSION}" in capsys.readouterr().err
+    )

@@ -28,11 +28,11 @@ from train.config import ObjectiveConfig
 from train.distributed import Ranks, barrier, from_main, max_over_ranks
 from train.engine import Engine
 from train.models.clip_library import PreprocessCfg
+from train.models.folder import FORMAT_VERSION, KIND, OTHER_FORMAT_REMEDY
 from train.models.model import save_model
 from train.objectives.files import save_objective
 from train.objectives.towers_and_heads import OBJECTIVE_PREFIX, TOWERS_PREFIX
 
-KIND, FORMAT_VERSION = "checkpoint", 2
 POLL_S = 0.02
 # A rank that writes nothing for so long is taken for dead; its launcher has mostly ended the job before.
 RANKS_TIMEOUT_S = 3600.0
@@ -269,9 +269,7 @@ def remove_old_checkpoints(run: Path, step: int, keep: int, keep_every_steps: in
 def _read(folder: Path) -> tuple[dict[str, Any], str]:
     """The manifest, or why there is none that can be believed."""
     try:
-        manifest = read_manifest(
-            folder, KIND, FORMAT_VERSION, remedy="delete it or train on with the version that wrote it"
-        )
+        manifest = read_manifest(folder, KIND, FORMAT_VERSION, remedy=OTHER_FORMAT_REMEDY)
     except ValueError as error:
         return {}, str(error)
     content = {name: value for name, value in manifest.items() if name not in ("kind", "format_version", "checksum")}

@@ -1,15 +1,17 @@
 """Folders that hold a model: the names of their files, and finding the newest complete one of a run."""
 
-import json
 import sys
 from pathlib import Path
 
-from mining.manifest import MANIFEST_NAME
+from mining.manifest import read_manifest
 from train.checkpoints.tensor_files import FileSum
 from train.models.architecture import CONFIG_FILE, MERGES_FILE
 
 WEIGHTS_FILE = "open_clip_model.safetensors"
 MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, MERGES_FILE)
+# Of the manifest of `checkpoints/step_N/`.
+KIND, FORMAT_VERSION = "checkpoint", 2
+OTHER_FORMAT_REMEDY = "delete it or train on with the version that wrote it"
 
 
 def checkpoint_folder(checkpoint: str | Path) -> Path:
@@ -35,9 +37,9 @@ def checkpoint_folder(checkpoint: str | Path) -> Path:
 def _unusable(step: Path) -> str:
     """Why the model of a checkpoint can't be believed, or "" when its files are what the manifest says."""
     try:
-        files = json.loads((step / MANIFEST_NAME).read_text(encoding="utf-8")).get("files", {})
-    except (OSError, ValueError) as error:
-        return f"its manifest can't be read: {error}"
+        files = read_manifest(step, KIND, FORMAT_VERSION, remedy=OTHER_FORMAT_REMEDY)["files"]
+    except ValueError as error:
+        return str(error)
     if not (step / WEIGHTS_FILE).is_file():
         return f"{WEIGHTS_FILE} is missing"
     reasons = (FileSum(**files[name]).mismatch(step / name) for name in MODEL_FILES if name in files)
