@@ -17,12 +17,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from mining.command_line import run
+from mining.manifest import write_manifest
 from train.evaluate import linear_probe, retrieval, zeroshot
 from train.evaluate.__main__ import main
 from train.evaluate.cache import encode_with_cache
 from train.evaluate.data import Sample, Source
 from train.evaluate.features import EncodedSet, Encoder, encode_source
 from train.evaluate.suite import LinearProbe, Retrieval, Suite, ZeroShot, expand_templates, read_suite
+from train.models.folder import FORMAT_VERSION, KIND
 from train.models.model import LoadedModel, ModelConfig, build_model, load_model, save_model
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 40, 230), "white": (250, 250, 250)}
@@ -38,7 +40,7 @@ def run_folder(tmp_path_factory):
     checkpoint.mkdir(parents=True)
     model, preprocess = build_model(ModelConfig(name="pocket-rn"))
     save_model(checkpoint, "pocket-rn", model.state_dict(), preprocess)
-    (checkpoint / "manifest.json").write_text("{}")
+    write_manifest(checkpoint, KIND, FORMAT_VERSION, files={})
     return folder
 
 

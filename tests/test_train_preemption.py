@@ -17,12 +17,14 @@ import pytest
 import torch
 
 from mining import EmbeddingStore
+from mining.manifest import write_manifest
 from mining.stopping import EXIT_STOPPED, run_stoppable
 from tests.ranks import join_group, run_on_ranks
 from tests.test_mining_stopping import ends
 from tests.tiny_world import ROOT, deepspeed, program_environment, tiny_store, train_here, training_flags, write_shards
 from train.embed import main as embed_program
 from train.evaluate.__main__ import main as evaluate_program
+from train.models.folder import FORMAT_VERSION, KIND
 from train.models.model import ModelConfig, build_model, save_model
 from train.supervision.watchdog import EXIT_HANG
 
@@ -122,7 +124,7 @@ def run_folder(tmp_path_factory):
     torch.manual_seed(0)
     model, preprocess = build_model(ModelConfig(name="pocket-rn"))
     save_model(step, "pocket-rn", model.state_dict(), preprocess)
-    (step / "manifest.json").write_text("{}")
+    write_manifest(step, KIND, FORMAT_VERSION, files={})
     return step.parent.parent
 
 
