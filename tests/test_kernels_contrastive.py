@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 import kernels.contrastive
-import kernels.contrastive.blockwise
 from kernels import contrastive_gradients, contrastive_loss
 from kernels.bench.peers import open_clip_loss
 from kernels.contrastive.state import Options
@@ -105,7 +104,7 @@ def test_blockwise_equals_reference_in_float64_whatever_the_tiles(shape, setting
             torch.testing.assert_close(value, wanted, rtol=1e-10, atol=1e-13)
 
 
-def test_parts_near_one_reference_and_parts_far_from_it_make_one_sum(monkeypatch):
+def test_parts_whose_cosines_lie_far_from_others_make_one_sum_with_them(monkeypatch):
     # Two clouds of rows at right angles: 300 nats lie between cosines within one and across both.
     towers = [torch.cat([rows, torch.flip(rows, [1])]) for rows in paired_features(32, 6, noise=0.02)]
     clouds = torch.tensor([1.0, 1, 1, 0, 0, 0], dtype=torch.float64)
@@ -115,15 +114,10 @@ def test_parts_near_one_reference_and_parts_far_from_it_make_one_sum(monkeypatch
         logit_scale(300.0),
     ]
     expected = gradients_of(leaves, backend="reference")
-    far, fold = [], kernels.contrastive.blockwise._add_exponentials
-    monkeypatch.setattr(
-        "kernels.contrastive.blockwise._add_exponentials", lambda *arguments: far.append(1) or fold(*arguments)
-    )
     options = Options(row_tile=16, column_tile=16)
     monkeypatch.setattr(kernels.contrastive, "_checked_options", lambda *_: options)
     for value, wanted in zip(gradients_of(leaves, backend="blockwise"), expected, strict=True):
         torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-13)
-    assert 0 < len(far) < 16
 
 
 @pytest.mark.parametrize("settings", MARGINS)

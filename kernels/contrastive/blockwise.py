@@ -93,7 +93,6 @@ def forward_sweep(
     stats.tile_diagonal_B = x_BD.new_zeros(len(x_BD), dtype=dtype)
     group = hinges.group_rows
     scratch = Scratch(x_BD.device)
-    exponentials = _ExponentialSums(stats, scale, dtype)
     for i0, i1 in tiles(len(x_BD), row_tile, group):
         x_tile = scratch.rows_in(dtype, x_BD[i0:i1], "rows")
         for j0, j1 in tiles(len(y_GD), column_tile, group):
@@ -109,11 +108,10 @@ def forward_sweep(
                     first = rows[0] + band[0].start
                     stats.tile_diagonal_B[first : first + len(diagonal)] = diagonal
                     diagonal.fill_(-torch.inf)
-                exponentials.add(part, work, slice(*rows), slice(j0, j1))
+                _add_exponentials(stats, part, work, rows, (j0, j1), scale)
                 if band is not None and (hinges.row_A is not None or hinges.column_A is not None):
                     _exclude_groups(part[band], group)
                 _add_hinges(stats, hinges, part, work, rows, (j0, j1))
-    exponentials.finish()
     return stats
 
 
@@ -262,61 +260,12 @@ def _band(i0: int, i1: int, j0: int, j1: int) -> tuple[slice, slice] | None:
     return (slice(low - i0, high - i0), slice(low - j0, high - j0)) if low < high else None
 
 
-class _ExponentialSums:
-    """The running (max, sum) of rows and columns.
-
-    One reference serves all rows and columns as long as no maximum lies further from it than SHARED_EXPONENT_RANGE;
-    parts of a tile for which that fails are folded into `stats` by themselves.
-    """
-
-    def __init__(self, stats: Statistics, scale: float, dtype: torch.dtype) -> None:
-        self.stats, self.scale, self.dtype = stats, scale, dtype
-        self.reference: float | None = None
-        self.row_max, self.column_max = (
-            torch.full_like(maxima, -torch.inf, dtype=dtype) for maxima in (stats.row_max_B, stats.column_max_G)
-        )
-        self.row_sum, self.column_sum = (torch.zeros_like(sums) for sums in (stats.row_sum_B, stats.column_sum_G))
-
-    def add(self, cosine: Tensor, work: Tensor, rows: slice, columns: slice) -> None:
-        row_max, column_max = cosine.amax(1), cosine.amax(0)
-        if self.reference is None:
-            # A number of the tile's dtype, some way below the highest, where other parts' are likely to lie around it.
-            self.reference = (row_max.amax() * self.scale - SHARED_EXPONENT_RANGE / 2).item()
-            self.minus_reference = cosine.new_full((), -self.reference)
-        lowest, highest = torch.minimum(row_max.amin(), column_max.amin()).item(), row_max.amax().item()
-        margin = SHARED_EXPONENT_RANGE
-        if not -margin < self.scale * lowest - self.reference <= self.scale * highest - self.reference < margin:
-            _add_exponentials(self.stats, cosine, work, row_max, column_max, (rows, columns), self.scale)
-            return
-        torch.add(self.minus_reference, cosine, alpha=self.scale, out=work).clamp_(min=LEAST_EXPONENT).exp_()
-        self.row_sum[rows] += work.sum(1)
-        self.column_sum[columns] += work.sum(0)
-        for maxima, part in ((self.row_max[rows], row_max), (self.column_max[columns], column_max)):
-            torch.maximum(maxima, part, out=maxima)
-
-    def finish(self) -> None:
-        """Fold everything into `stats`."""
-        stats, scale = self.stats, self.scale
-        for max_N, sum_N, own_max_N, own_sum_N in (
-            (stats.row_max_B, stats.row_sum_B, self.row_max, self.row_sum),
-            (stats.column_max_G, stats.column_sum_G, self.column_max, self.column_sum),
-        ):
-            # Of a row or column that was never added the maximum is -inf, and the sum stays 0.
-            exponent_N = (self.reference or 0.0) - reference_logit(_finite_or_zero(own_max_N), scale, self.dtype)
-            own_sum_N *= torch.exp(exponent_N.masked_fill_(own_sum_N == 0, 0.0))
-            _merge(max_N, sum_N, own_max_N, own_sum_N, scale)
-
-
 def _add_exponentials(
-    stats: Statistics,
-    cosine: Tensor,
-    work: Tensor,
-    row_max: Tensor,
-    column_max: Tensor,
-    place: tuple[slice, slice],
-    scale: float,
+    stats: Statistics, cosine: Tensor, work: Tensor, rows: tuple[int, int], columns: tuple[int, int], scale: float
 ) -> None:
-    """Fold part of a tile into the running (max, sum) of its rows and columns, each by its own reference."""
+    """Fold part of a tile into the running (max, sum) of its rows and columns, each by its own reference: an exponent's
+    rounding grows with its distance from it."""
+    row_max, column_max = cosine.amax(1), cosine.amax(0)
     row_reference = reference_logit(_finite_or_zero(row_max), scale, cosine.dtype)
     column_reference = reference_logit(_finite_or_zero(column_max), scale, cosine.dtype)
     row_sum = _exponentials(cosine, row_reference[:, None], scale, work).sum(1)
@@ -327,7 +276,7 @@ def _add_exponentials(
         column_sum = torch.mv(work.T, weight.to(work.dtype)).double() * torch.exp(highest - column_reference)
     else:
         column_sum = _exponentials(cosine, column_reference[None, :], scale, work).sum(0)
-    own, others = place
+    own, others = slice(*rows), slice(*columns)
     _merge(stats.row_max_B[own], stats.row_sum_B[own], row_max, row_sum, scale)
     _merge(stats.column_max_G[others], stats.column_sum_G[others], column_max, column_sum, scale)
 
