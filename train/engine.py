@@ -5,7 +5,6 @@ In: a module, the JSON, the optimizer's numbers. Out: `Engine`, which runs a ste
 
 import contextlib
 import itertools
-import logging
 import math
 import os
 import shutil
@@ -23,6 +22,7 @@ from train.checkpoints.training_state import BUFFER, WEIGHT, Moments, TrainingSt
 from train.config import OptimConfig
 from train.distributed import Ranks
 from train.ds_config import check_regime, offload_device, precision, zero_stage
+from train.models.architecture import quiet_root_logger
 from train.models.model import SCALARS, attention_for
 from train.objectives.teacher import Teacher
 from train.schedule import parameter_groups
@@ -364,9 +364,5 @@ def without_compiler() -> Iterator[None]:
 def quiet_deepspeed() -> Iterator[None]:
     """Keep DeepSpeed's narration to warnings, set before its import since it logs while importing."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
+    with quiet_root_logger():
         yield
-    finally:
-        logging.disable(previous)

@@ -150,7 +150,7 @@ def first_merges(vocabulary_size: int) -> bytes:
 
 @contextlib.contextmanager
 def quiet_root_logger() -> Iterator[None]:
-    """open_clip narrates model creation on the root logger; a user of a whole program does not need it."""
+    """open_clip narrates on the root logger, DeepSpeed on one of its own; a user of a whole program needs neither."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
