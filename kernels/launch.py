@@ -12,7 +12,6 @@ import triton
 
 CHIPS = ("sm_80", "sm_90", "sm_100", "gfx942")
 INTERPRETER = "interpreter"
-NUM_THREADS_PER_WARP = {"gfx942": 64}
 
 
 @dataclass(frozen=True)

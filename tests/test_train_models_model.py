@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,9 +12,9 @@ import torch
 from open_clip.transform import PreprocessCfg
 from PIL import Image
 
-from mining.manifest import write_manifest
-from train.models.architecture import CLIP_VOCABULARY_SIZE, MODEL_CONFIG_FOLDER
-from train.models.folder import FORMAT_VERSION, KIND, checkpoint_folder
+from mining.manifest import read_manifest, write_manifest
+from train.models.architecture import CLIP_VOCABULARY_SIZE, MODEL_CONFIG_FOLDER, architecture
+from train.models.folder import FORMAT_VERSION, KIND, WEIGHTS_FILE, checkpoint_folder
 from train.models.model import (
     ModelConfig,
     TwoTowers,
@@ -124,11 +125,43 @@ def test_pretrained_weights_come_back(saved):
     assert model.training
 
 
-@pytest.mark.parametrize("name", ["missing", "empty"])
-def test_a_folder_without_a_checkpoint_is_named(tmp_path, name):
+@pytest.mark.parametrize(("name", "message"), [("missing", "is not there"), ("empty", "holds no complete checkpoint")])
+@pytest.mark.parametrize("wanted", ["", "ViT-B-16"])
+def test_a_folder_without_a_checkpoint_is_named(tmp_path, name, message, wanted):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=name):
-        load_model(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} {message}"):
+        load_model(tmp_path / name, name=wanted)
+
+
+def test_a_checkpoint_that_is_taken_away_while_it_is_looked_at_is_passed_over(saved, tmp_path, monkeypatch, capsys):
+    for step in (1, 2):
+        folder = tmp_path / "checkpoints" / f"step_{step}"
+        shutil.copytree(saved[1], folder)
+        write_manifest(folder, KIND, FORMAT_VERSION, files={})
+
+    def read_while_training_goes_on(folder, *rest, **words):
+        if folder.name == "step_2":
+            shutil.rmtree(folder)
+            (folder / "manifest.json").read_text()
+        return read_manifest(folder, *rest, **words)
+
+    monkeypatch.setattr("train.models.folder.read_manifest", read_while_training_goes_on)
+    assert checkpoint_folder(tmp_path).name == "step_1"
+    assert "passed over" in capsys.readouterr().err
+
+
+def test_one_file_under_two_activations_has_two_hashes(saved, tmp_path):
+    """Their embeddings differ, so that neither counts as those of the other."""
+    config = architecture("pocket-rn")
+    (tmp_path / "gelu.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "quick.json").write_text(json.dumps({**config, "quick_gelu": True}), encoding="utf-8")
+    file = tmp_path / "weights.safetensors"
+    shutil.copyfile(saved[1] / WEIGHTS_FILE, file)
+    gelu, quick = (load_model(file, name=str(tmp_path / name)) for name in ("gelu.json", "quick.json"))
+    tokens = gelu.tokenizer(["a red square"])
+    assert not torch.equal(gelu.model.encode_text(tokens), quick.model.encode_text(tokens))
+    assert gelu.checkpoint_hash != quick.checkpoint_hash
+    assert load_model(file, name=str(tmp_path / "quick.json")).checkpoint_hash == quick.checkpoint_hash
 
 
 def test_our_model_configs_are_open_clip_configs():

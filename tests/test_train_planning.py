@@ -12,7 +12,7 @@ import torch
 
 from tests.ranks import run_on_ranks
 from tests.tiny_world import TINY_VIT
-from train.config import ModelConfig, TrainConfig
+from train.config import ModelConfig, ObjectiveConfig, TrainConfig
 from train.planning.plan import RankPlan, attention, model_size, plan_rank, saved_bytes
 
 # Large enough that what is planned outweighs what a process has besides: 15 M weights, 0.4 GB of activations.
@@ -118,17 +118,21 @@ def test_activations_are_what_autograd_keeps(models, kind):
     assert planned == (found if kind == "fp32" else pytest.approx(found, rel=0.01))
 
 
-def test_a_gpus_attention_keeps_less(models):
+@pytest.mark.parametrize("objective", ["clip", "slip"])
+def test_a_gpus_attention_keeps_less(models, objective):
     from train.models import model
+    from train.objectives import towers_and_heads
 
-    before = model.attention_for
+    modules = (model, towers_and_heads)
+    config = config_of(objective=ObjectiveConfig(name=objective, head_width=8, head_dim=4))
     small, large = (
-        model_size(config_of(), ZERO_1, flash_attention=flash).activation_bytes_per_row for flash in (True, False)
+        model_size(config, ZERO_1, flash_attention=flash).activation_bytes_per_row for flash in (True, False)
     )
     assert small < large
+    before = [module.attention_for for module in modules]
     with attention(flash=True):
-        assert model.attention_for is not before
-    assert model.attention_for is before
+        assert all(module.attention_for is not own for module, own in zip(modules, before, strict=True))
+    assert [module.attention_for for module in modules] == before
 
 
 def resident(name: str) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from tests.ranks import run_on_ranks
 from tests.tiny_world import tiny_store, train_here, training_flags, write_stages
+from train.config import DataConfig, TrainConfig
 from train.data.loader import RankBatch
 
 BAD_STEPS = (2, 3)
@@ -136,3 +137,9 @@ def test_a_step_asks_the_device_nothing_and_a_bad_loss_spoils_every_gradient(mon
     assert read == []
     assert weights.grad.isfinite().all() == (planted == 1.0)
     assert weights.grad.isnan().all() == (planted != 1.0)
+
+
+def test_a_limit_below_one_skipped_step_is_refused():
+    config = TrainConfig(ds_config="a.json", out="b", data=DataConfig(store="c"), max_skipped_steps=0)
+    with pytest.raises(ValueError, match="max_skipped_steps=0 must be at least 1"):
+        config.check()

@@ -14,7 +14,7 @@ import torch
 from mining.stopping import EXIT_STOPPED, hearing_stop, run_stoppable
 from tests.ranks import join_group
 from train.data.reading import ReadingNotes
-from train.distributed import Ranks, connected, mean_over_ranks
+from train.distributed import Ranks, connected, sum_over_ranks
 from train.loop import timed
 from train.supervision.phases import BACKWARD, DATA, FORWARD, Phases
 from train.supervision.supervisor import Stopped, supervised
@@ -46,7 +46,7 @@ def steps(ranks: Ranks, folder: Path, fault: str, hang_timeout_s: float) -> None
             with phases(FORWARD):
                 time.sleep(0.01 * (1 + ranks.rank))
             with phases(BACKWARD):
-                mean_over_ranks(float(step))
+                sum_over_ranks(float(step))
             (folder / f"step_{ranks.rank}").write_text(str(step))
             if step < STEPS and supervisor.stops_after(step):
                 (folder / f"stopped_{ranks.rank}").write_text(f"{step} {supervisor.reason}")

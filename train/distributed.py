@@ -85,11 +85,6 @@ def barrier() -> None:
     dist.barrier()
 
 
-def mean_over_ranks(value: float) -> float:
-    """Collective: every rank calls."""
-    return sum_over_ranks(value) / dist.get_world_size()
-
-
 def sum_over_ranks(value: float) -> float:
     """Collective: every rank calls."""
     total = torch.tensor([value], dtype=torch.float64, device=_collective_device())

@@ -88,7 +88,7 @@ def _source(config: ExportConfig) -> tuple:
 
 
 def _write_heads(folder: Path, checkpoint: str, name: str) -> list[str]:
-    """Names of the files with what open_clip has no place for: an objective's, or published heads by their own names."""
+    """Names of the files with what open_clip has no place for: an objective's, or published heads as `heads_of` calls them."""
     from train.checkpoints.tensor_files import write_tensors
     from train.models.folder import checkpoint_folder
     from train.models.published_heads import PUBLISHED_HEADS, heads_of

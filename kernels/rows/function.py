@@ -1,4 +1,4 @@
-"""The collectives of the losses: row counts of all ranks, rows gathered in rank order, vectors reduced.
+"""The collectives of the losses: row counts of all ranks, rows gathered in rank order or sent to their owners, vectors reduced.
 
 Shape letters: `B` rows of this rank, `G` rows of all ranks, `D` embedding, `X` any width.
 """

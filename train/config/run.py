@@ -87,7 +87,7 @@ class TrainConfig:
             raise ValueError(
                 f"epochs={self.epochs} and max_steps={self.max_steps} leave nothing to do; give one of them"
             )
-        for name in ("batch_size", "log_every_steps", "save_every_steps", "keep_checkpoints"):
+        for name in ("batch_size", "log_every_steps", "save_every_steps", "keep_checkpoints", "max_skipped_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.keep_every_steps < 0:

@@ -34,7 +34,7 @@ def encode_with_cache(
 
 def cache_key(encoder: Encoder, source: Source, keep_fields: frozenset[str]) -> str:
     loaded = encoder.loaded
-    # What a published file means is in its bytes and the name of its architecture.
+    # The hash of a published file says what it means.
     config = (loaded.source / CONFIG_FILE).read_bytes() if loaded.source.is_dir() else loaded.name
     return fingerprint(CACHE_VERSION, loaded.checkpoint_hash, config, source.identity(), sorted(keep_fields))
 

@@ -38,7 +38,8 @@ def _unusable(step: Path) -> str:
     """Why the model of a checkpoint can't be believed, or "" when its files are what the manifest says."""
     try:
         files = read_manifest(step, KIND, FORMAT_VERSION, remedy=OTHER_FORMAT_REMEDY)["files"]
-    except ValueError as error:
+    except (OSError, ValueError) as error:
+        # Training may take an old checkpoint away meanwhile.
         return str(error)
     if not (step / WEIGHTS_FILE).is_file():
         return f"{WEIGHTS_FILE} is missing"

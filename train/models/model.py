@@ -65,6 +65,7 @@ class LoadedModel:
     """str or list of str -> int64 [B, L]"""
     name: str
     checkpoint_hash: str
+    """of the weights; of a published file, whose name decides on an activation, of the architecture and the preprocessing, too"""
     source: Path
     """the folder that holds the weights, or the published file"""
 
@@ -152,11 +153,11 @@ def load_model(checkpoint: str | Path, device: str | torch.device = "cpu", *, na
     path = folder_or_file(str(checkpoint))
     if path is not None and path.is_file():
         return _load_published(path, device, name)
+    folder = checkpoint_folder(checkpoint)
     if name:
         raise ValueError(
             f"model_name={name} is for a file of published weights; {checkpoint} says what it is, leave it out"
         )
-    folder = checkpoint_folder(checkpoint)
     model, preprocess = _read_model(folder)
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     merges = folder / MERGES_FILE
@@ -173,12 +174,13 @@ def load_model(checkpoint: str | Path, device: str | torch.device = "cpu", *, na
 def _load_published(path: Path, device: str | torch.device, name: str) -> LoadedModel:
     config = resolve(ModelConfig(name=name or DEFAULT_NAME, pretrained=str(path)))
     model, preprocess = load_start(config, "cpu", no_words)
+    model_config = architecture(config.name)
     return LoadedModel(
         model.eval().requires_grad_(False).to(device),
         open_clip.transform.image_transform_v2(preprocess, is_train=False),
-        tokenizer_of(architecture(config.name), config.name),
+        tokenizer_of(model_config, config.name),
         config.name,
-        fingerprint(path.read_bytes()),
+        fingerprint(path.read_bytes(), model_config, asdict(preprocess)),
         path,
     )
 

@@ -176,12 +176,17 @@ def attention(flash: bool) -> Iterator[None]:
         yield
         return
     import train.models.model
+    import train.objectives.towers_and_heads
 
-    train.models.model.attention_for = lambda _: nullcontext()
+    # Whoever runs towers has the name.
+    modules = (train.models.model, train.objectives.towers_and_heads)
+    for module in modules:
+        module.attention_for = lambda _: nullcontext()
     try:
         yield
     finally:
-        train.models.model.attention_for = attention_for
+        for module in modules:
+            module.attention_for = attention_for
 
 
 def plan_rank(size: ModelSize, config: TrainConfig, ds_config: dict[str, Any], world_size: int) -> RankPlan:

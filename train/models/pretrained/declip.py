@@ -65,8 +65,8 @@ def translate(file: Tensors) -> Translated:
     }
     left = {n: t for n, t in tensors.items() if n not in visual and not n.startswith(TEXT) and n != "logit_scale"}
     notes = [
-        f"DeCLIP's tokens reordered to CLIP's (start {END_ID - 1}, end {END_ID}; mask {MASK_ID}); rows of text_label_predictor are in its "
-        "own order",
+        f"DeCLIP's tokens reordered to CLIP's (start {END_ID - 1}, end {END_ID}; mask {MASK_ID}), and rows of text_label_predictor with "
+        "them where heads are taken over or exported",
         "pictures normalised with ImageNet's mean and std; DeCLIP evaluates on the middle of a picture resized to 256, here to the "
         "model's size",
     ]
