@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 MANIFEST_NAME = "manifest.json"
 
@@ -29,17 +29,27 @@ def write_json_atomically(path: Path, content: Any) -> None:
     """Write JSON beside `path`, fsync, rename over it: a reader sees the old file or the new one, never a torn one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
+        dump_json(content, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
     fsync_folder(path.parent)
 
 
+def dump_json(content: Any, file: TextIO) -> None:
+    json.dump(content, file, indent=1)
+    file.write("\n")
+
+
 def write_manifest(folder: str | Path, kind: str, version: int, **fields: Any) -> None:
     """Write `manifest.json` atomically: a stage's last file, since its presence says that the folder is complete."""
     write_json_atomically(Path(folder) / MANIFEST_NAME, {"kind": kind, "format_version": version, **fields})
+
+
+def write_manifest_for_commit(temporary: Path, kind: str, version: int, **fields: Any) -> None:
+    """The same in a folder that only `commit_folder` makes durable and visible: it is not synced twice."""
+    with open(temporary / MANIFEST_NAME, "w", encoding="utf-8") as file:
+        dump_json({"kind": kind, "format_version": version, **fields}, file)
 
 
 def read_manifest(folder: str | Path, kind: str, version: int, *, remedy: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from mining.manifest import commit_folder
 from tests.tar_shards import image_bytes, rejected, sample, samples, write_tar
 from train.ingest.decode import Rejected, read_pair, read_picture
 from train.ingest.plan import Parameters
@@ -41,14 +42,17 @@ def reason_of(*members):
 def fragment(tar, tmp_path, **parameters):
     """Ingest one tar; returns its kept keys, its rejected rows, its manifest."""
     folder = tmp_path / "fragment"
-    ingest_shard(
+    written = ingest_shard(
         expand_shards([str(tar)])[0],
         folder,
         replace(PARAMETERS, **parameters),
         "the plan's digest",
         lambda done, total: None,
     )
-    return pq.read_table(folder / "rows.parquet")["key"].to_pylist(), rejected(folder), read_fragment(folder)
+    commit_folder(written.temporary, written.folder)
+    manifest = read_fragment(folder)
+    kept = pq.read_table(folder / "rows.parquet")["key"].to_pylist() if manifest["num_pairs"] else []
+    return kept, rejected(folder) if manifest["num_rejected"] else [], manifest
 
 
 def png_header(width, height):
@@ -301,3 +305,17 @@ def test_index_reads_the_bytes_of_every_member(tmp_path):
             assert read_member(file, index.members[key][extension][0]) == data
     assert index.torn is None
     assert json.loads(members[2][1]) == {"key": "b"}
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        (sample("a"), {"shard.00000.mds", "rows.parquet"}),
+        (sample("a") + sample("b", ""), {"shard.00000.mds", "rows.parquet", "rejected.parquet"}),
+        (sample("b", ""), {"rejected.parquet"}),
+        ([], set()),
+    ],
+)
+def test_fragment_holds_no_file_without_rows_or_samples(tmp_path, members, expected):
+    fragment(write_tar(tmp_path / "0.tar", members), tmp_path)
+    assert {path.name for path in (tmp_path / "fragment").iterdir()} == {"manifest.json", *expected}

@@ -139,8 +139,8 @@ def write_ledger(out: Path, plan: Plan, num_pairs: int) -> None:
     header = {"descr": CHECKSUM_TYPE.str, "fortran_order": False, "shape": (num_pairs,)}
     with open(out / CHECKSUMS_NAME, "wb") as checksums, GroupedWriter(out / LEDGER_NAME, LEDGER_SCHEMA) as ledger:
         np.lib.format.write_array_header_1_0(checksums, header)
-        for folder, _, first_id in each_fragment(out, plan):
-            for rows in row_groups(folder / ROWS_NAME):
+        for folder, fragment, first_id in each_fragment(out, plan):
+            for rows in row_groups(folder / ROWS_NAME) if fragment["num_pairs"] else ():
                 checksums.write(rows["checksum"].to_numpy().astype(CHECKSUM_TYPE).tobytes())
                 pair_ids = pa.array(np.arange(first_id, first_id + rows.num_rows, dtype=np.int64))
                 ledger.write(rows.drop_columns("checksum").add_column(0, "pair_id", pair_ids))
@@ -149,8 +149,8 @@ def write_ledger(out: Path, plan: Plan, num_pairs: int) -> None:
 
 def write_rejected(out: Path, plan: Plan) -> None:
     with GroupedWriter(out / REJECTED_NAME, REJECTED_SCHEMA) as writer:
-        for folder, _, _ in each_fragment(out, plan):
-            for rows in row_groups(folder / REJECTED_NAME):
+        for folder, fragment, _ in each_fragment(out, plan):
+            for rows in row_groups(folder / REJECTED_NAME) if fragment["num_rejected"] else ():
                 writer.write(rows)
 
 
@@ -186,6 +186,7 @@ def remove_fragment_files(out: Path, num_shards: int) -> None:
     """After the manifest: what only `finish_store` needed, so that the store holds each fact once."""
     for number in range(num_shards):
         folder = fragment_folder(out / SHARDS_FOLDER, number)
+        # An index is only in fragments of earlier versions.
         for name in (ROWS_NAME, REJECTED_NAME, MANIFEST_NAME, INDEX_NAME, NUMBERED_NAME):
             (folder / name).unlink(missing_ok=True)
         if folder.is_dir() and not any(folder.iterdir()):

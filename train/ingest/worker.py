@@ -1,10 +1,10 @@
 """One source shard into one fragment: a folder of MDS files in the order of the keys, with the rows of its ledger.
 
-In: a `Source`. Out: `shards/<number>/`, complete or absent:
-    shard.*.mds, index.json   the pairs, pair_id still 0 (`numbering` fills it in)
-    rows.parquet              the ledger's columns but pair_id, and each sample's checksum
-    rejected.parquet          shard, key, reason
-    manifest.json             counts, the MDS index, a digest of the content, a digest of the plan it belongs to
+In: a `Source`. Out: a folder beside `shards/<number>/`, which `commits` makes durable and gives that name:
+    shard.*.mds        the pairs, pair_id still 0 (`numbering` fills it in)
+    rows.parquet       the ledger's columns but pair_id, and each sample's checksum; not there without pairs
+    rejected.parquet   shard, key, reason; not there when nothing was rejected
+    manifest.json      counts, the MDS index, a digest of the content, a digest of the plan it belongs to
 Memory: the tar's offsets, one sample, one MDS file being filled, one row group of the ledger.
 """
 
@@ -14,12 +14,12 @@ from collections import Counter
 from contextlib import ExitStack
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mining.manifest import commit_folder, read_manifest, write_manifest
+from mining.manifest import read_manifest, write_manifest_for_commit
 from mining.mds_files import sample_checksum
 from train.data.pair_store import MDS_COLUMNS, REJECTED_NAME, caption_hash
 from train.ingest.decode import Pair
@@ -46,13 +46,21 @@ REJECTED_SCHEMA = pa.schema([("shard", pa.string()), ("key", pa.string()), ("rea
 REMEDY = "delete that folder and run the same command again"
 
 
+class Written(NamedTuple):
+    """A fragment that is whole, and becomes durable and visible when `temporary` is committed to `folder`."""
+
+    temporary: Path
+    folder: Path
+
+
 class RowFile:
-    """A parquet file that is written row by row and holds one row group in memory."""
+    """A parquet file that is written row by row and holds one row group in memory. No rows, no file."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.path = path
         self.schema = schema
         self.num_rows = 0
-        self._writer = pq.ParquetWriter(path, schema, compression="zstd")
+        self._writer: pq.ParquetWriter | None = None
         self._rows: list[tuple[Any, ...]] = []
 
     def append(self, row: tuple[Any, ...]) -> None:
@@ -64,6 +72,8 @@ class RowFile:
     def _flush(self) -> None:
         columns = zip(*self._rows, strict=True)
         arrays = [pa.array(column, type=field.type) for column, field in zip(columns, self.schema, strict=True)]
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self.path, self.schema, compression="zstd")
         self._writer.write_table(pa.Table.from_arrays(arrays, schema=self.schema))
         self._rows = []
 
@@ -73,7 +83,8 @@ class RowFile:
     def __exit__(self, *exception: object) -> None:
         if self._rows:
             self._flush()
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 class Fragment:
@@ -119,13 +130,13 @@ def read_fragment(folder: Path) -> dict[str, Any]:
 
 def make_fragment(
     number: int, source: Source, report: Report, *, shards: Path, parameters: Parameters, plan_digest: str
-) -> None:
+) -> Written:
     """`ingest_shard` as the pool calls it: in a worker process, for the shard of this number."""
-    ingest_shard(source, fragment_folder(shards, number), parameters, plan_digest, report)
+    return ingest_shard(source, fragment_folder(shards, number), parameters, plan_digest, report)
 
 
-def ingest_shard(source: Source, folder: Path, parameters: Parameters, plan_digest: str, report: Report) -> None:
-    """Write the fragment of one shard to `folder`. `report(done, total)` counts its keys.
+def ingest_shard(source: Source, folder: Path, parameters: Parameters, plan_digest: str, report: Report) -> Written:
+    """Write the fragment of one shard beside `folder`, to be committed there. `report(done, total)` counts its keys.
 
     Raises UnreadableShard when the shard cannot be opened; whatever is wrong inside it goes to rejected.parquet.
     """
@@ -134,22 +145,25 @@ def ingest_shard(source: Source, folder: Path, parameters: Parameters, plan_dige
     try:
         with open_samples(source, spool, parameters, report) as samples:
             write_fragment(samples, source.name, temporary, parameters.shard_size_mib << 20, plan_digest)
-        commit_folder(temporary, folder)
-    finally:
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return Written(temporary, folder)
 
 
 def write_fragment(samples: Samples, shard: str, folder: Path, size_limit: int, plan_digest: str) -> None:
     # Imported here: it takes seconds, and only the workers need it.
     from mining.mds import streaming
 
-    with (
-        streaming.MDSWriter(columns=MDS_COLUMNS, out=str(folder), size_limit=size_limit) as writer,
-        Fragment(folder, shard) as fragment,
-    ):
+    writer = streaming.MDSWriter(columns=MDS_COLUMNS, out=str(folder), size_limit=size_limit)
+    # Not its `finish`: that writes an index, which a fragment needs none of, and first sleeps a second whenever the thread
+    # that would upload files, but has nothing to do here, has not come to run yet.
+    with writer.executor, Fragment(folder, shard) as fragment:
         for outcome in samples:
             write_outcome(outcome, fragment, writer)
-    write_manifest(
+        if writer.new_samples:
+            writer.flush_shard()
+    write_manifest_for_commit(
         folder,
         FRAGMENT_KIND,
         FRAGMENT_VERSION,
@@ -169,9 +183,9 @@ def write_outcome(outcome: Outcome, fragment: Fragment, writer: Any) -> None:
         fragment.reject(outcome.key, outcome.reason)
     pair = outcome.pair
     if pair is not None:
-        sample = {"caption": pair.caption, "image": pair.image, "key": pair.key, "pair_id": 0}
-        writer.write(sample)
-        fragment.keep(pair, sample_checksum(writer.encode_sample(sample)))
+        writer.write({"caption": pair.caption, "image": pair.image, "key": pair.key, "pair_id": 0})
+        # The last of the samples that wait to be written is this one, as it will be stored.
+        fragment.keep(pair, sample_checksum(writer.new_samples[-1]))
 
 
 def kept_shards(folder: Path, shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
