@@ -3,6 +3,7 @@ so tensors that have no numbers (torch's fake ones) stand for a GPU's: whoever l
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,11 @@ from kernels import (
 )
 from kernels.contrastive.function import OPERATIONS as CONTRASTIVE
 from kernels.contrastive.state import Options
+from kernels.log_sum_exp.function import _Call as Call
+from kernels.log_sum_exp.function import _OfItself, _OfTwo
+from kernels.rows.function import find_layout
 from kernels.rows.registration import _forward_of, _gradients_of, values_of
+from kernels.rows.scalars import device_scalar, positive_or_nan
 from kernels.sigmoid.function import OPERATIONS as SIGMOID
 from kernels.sigmoid.function import Options as SigmoidOptions
 from tests.ranks import run_on_ranks
@@ -77,6 +82,23 @@ def test_with_known_row_counts_neither_pass_waits_for_a_gpu(operations, options,
 def test_without_them_the_scale_is_looked_at(operations, options, launches_without_a_gpu):
     with pytest.raises(DataDependentOutputException):
         both_passes(operations, options, [], torch.float32)
+
+
+@pytest.mark.parametrize(("operation", "num_towers"), [(_OfTwo, 2), (_OfItself, 1)])
+def test_with_known_row_counts_no_log_sum_exp_waits_for_a_gpu(operation, num_towers, launches_without_a_gpu):
+    options = Options(backend="triton")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        towers = [torch.empty(96, 32, device="cuda") for _ in range(num_towers)]
+        scale = torch.empty(1, device="cuda")
+        layout = find_layout(towers[0], {"logit_scale": scale}, options, None, [96])
+        call = Call(positive_or_nan(device_scalar(scale, scale.device)), options, layout)
+        kept = SimpleNamespace(
+            needs_input_grad=(True,) * (num_towers + 1), save_for_backward=lambda *tensors: saved.extend(tensors)
+        )
+        saved = kept.saved_tensors = []
+        found = operation.forward(kept, *towers, scale, call)
+        gradients = operation.backward(kept, *([found] if num_towers == 1 else found))
+    assert [d.shape for d in gradients[:-1]] == [(96, 32)] * num_towers + [(1,)]
 
 
 def low_loss_rows() -> list[torch.Tensor]:

@@ -5,6 +5,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tests import published_weights as published
 from tests.ranks import run_on_ranks
 from tests.tiny_world import TINY_VIT, tiny_store, train_here, training_flags
 from train.config import ModelConfig, ObjectiveConfig
+from train.engine import Engine
 from train.models.compilation import check_compiles, compile_blocks
 from train.models.model import TwoTowers, attention_for, build_model, load_model, resolve, save_model
 
@@ -189,6 +191,38 @@ def test_any_open_clip_config_trains_and_is_saved(tmp_path, kind):
         assert torch.equal(loaded.encode_text(tokens), model.eval().encode_text(tokens))
         pixels = images / 255
         assert torch.equal(loaded.encode_image(pixels), model.encode_image(pixels))
+
+
+def statistics_of_a_step(
+    tmp_path, kind: str, *, recomputes: bool, through_engine: bool = True
+) -> dict[str, torch.Tensor]:
+    """BatchNorm's state after one forward and backward pass."""
+    (tmp_path / f"{kind}.json").write_text(json.dumps(TINY_VIT | CONFIGS[kind]), encoding="utf-8")
+    torch.manual_seed(0)
+    model, preprocess = build_model(ModelConfig(name=str(tmp_path / f"{kind}.json"), grad_checkpointing=recomputes))
+    towers = TwoTowers(model, preprocess)
+    image_BD, *_ = towers(torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8), torch.randint(1, 8000, (3, 24)))
+    if through_engine:
+        backward = SimpleNamespace(backward=lambda loss: loss.backward())
+        engine = SimpleNamespace(device=torch.device("cpu"), module=towers, engine=backward, whole_gradients=None)
+        Engine._backward(engine, image_BD.sum())
+    else:
+        image_BD.sum().backward()
+    return dict(model.visual.named_buffers())
+
+
+@pytest.mark.parametrize("kind", ["timm-resnet", "timm-efficientnet"])
+def test_a_recomputed_batch_norm_counts_its_batch_once(tmp_path, kind):
+    wanted = statistics_of_a_step(tmp_path, kind, recomputes=False)
+    found = statistics_of_a_step(tmp_path, kind, recomputes=True)
+    assert wanted.keys() == found.keys()
+    assert {int(value) for name, value in found.items() if "num_batches" in name} == {1}
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
+    twice = statistics_of_a_step(tmp_path, kind, recomputes=True, through_engine=False)
+    assert {int(value) for name, value in twice.items() if "num_batches" in name} > {1}, (
+        "plain autograd counts it twice"
+    )
 
 
 def random_adapters(model: torch.nn.Module) -> None:

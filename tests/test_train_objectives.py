@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from tests import objective_definitions as definitions
 from tests.ranks import run_on_ranks
 from train.config import DataConfig, LossConfig, ObjectiveConfig, TrainConfig
+from train.distributed import RowLayout
 from train.objectives import Encoded, TowerWidths, build_objective
 from train.objectives.barlip import barlow_twins
 from train.objectives.contrastive import view_loss
@@ -19,6 +20,7 @@ from train.objectives.swalip import sinkhorn
 
 WIDTHS = TowerWidths(image_trunk=5, text_trunk=4, embedding=3)
 NUM_ROWS, SCALE = 6, 7.0
+ALONE = RowLayout(None, (NUM_ROWS,))
 COUNTS = {1: [6], 2: [4, 2], 3: [2, 0, 4]}
 TINY = {
     "head_width": 6,
@@ -73,7 +75,7 @@ def rows_of_all_ranks(objective, seed: int = 1, num_rows: int = NUM_ROWS) -> dic
     return {name: [row.requires_grad_() for row in views] for name, views in {**features, **trunks}.items()}
 
 
-def run(objective, teacher, rows, teacher_rows, part: slice, group) -> dict[str, Any]:
+def run(objective, teacher, rows, teacher_rows, part: slice, layout: RowLayout) -> dict[str, Any]:
     """Loss and gradients of `objective` on a part of the rows, as the engine calls it."""
     scale = torch.tensor([SCALE], dtype=torch.float64, requires_grad=True)
     own = {name: [row[part].detach().requires_grad_() for row in views] for name, views in rows.items()}
@@ -83,7 +85,7 @@ def run(objective, teacher, rows, teacher_rows, part: slice, group) -> dict[str,
         views = {name: tuple(row[part].detach() for row in views) for name, views in teacher_rows.items()}
         with torch.no_grad():
             teacher_outputs = teacher(Encoded(**views, scalars=(scale.detach(),)), None)
-    terms = objective.loss(objective(encoded, teacher_outputs), encoded.scalars, teacher_outputs, group)
+    terms = objective.loss(objective(encoded, teacher_outputs), encoded.scalars, teacher_outputs, layout)
     terms.loss.backward()
     return {
         "loss": terms.loss.detach(),
@@ -95,18 +97,20 @@ def run(objective, teacher, rows, teacher_rows, part: slice, group) -> dict[str,
     }
 
 
-def run_case(case: str, rank: int, world_size: int, group, config: TrainConfig | None = None) -> dict[str, Any]:
+def run_case(
+    case: str, rank: int, world_size: int, layout: RowLayout, config: TrainConfig | None = None
+) -> dict[str, Any]:
     objective = objective_of(config or config_of(case))
     teacher = objective_of(config or config_of(case), seed=5) if objective.teacher_momentum else None
     first = sum(COUNTS[world_size][:rank])
     part = slice(first, first + COUNTS[world_size][rank])
-    return run(objective, teacher, rows_of_all_ranks(objective), rows_of_all_ranks(objective, 2), part, group)
+    return run(objective, teacher, rows_of_all_ranks(objective), rows_of_all_ranks(objective, 2), part, layout)
 
 
 def run_all_cases(rank: int, world_size: int) -> dict[str, Any]:
-    group = torch.distributed.group.WORLD
-    results = {case: run_case(case, rank, world_size, group) for case in CASES}
-    results["margin"] = run_case("cl2l", rank, world_size, group, margin_config())
+    layout = RowLayout(torch.distributed.group.WORLD, tuple(COUNTS[world_size]))
+    results = {case: run_case(case, rank, world_size, layout) for case in CASES}
+    results["margin"] = run_case("cl2l", rank, world_size, layout, margin_config())
     return results
 
 
@@ -147,8 +151,8 @@ def expected() -> dict[str, dict[str, Any]]:
 def found(request) -> list[dict[str, Any]]:
     if request.param > 1:
         return run_on_ranks(run_all_cases, request.param)
-    results = {case: run_case(case, 0, 1, None) for case in CASES}
-    return [{**results, "margin": run_case("cl2l", 0, 1, None, margin_config())}]
+    results = {case: run_case(case, 0, 1, ALONE) for case in CASES}
+    return [{**results, "margin": run_case("cl2l", 0, 1, ALONE, margin_config())}]
 
 
 # A float32 logarithm of the strong scale, as everywhere.
@@ -191,13 +195,13 @@ def test_the_queue_goes_round_keeps_its_place_in_the_state_and_refuses_what_is_n
     objective = objective_of(config_of("declip"))
     rows = rows_of_all_ranks(objective)
     for _ in range(2):
-        run(objective, None, rows, None, slice(0, NUM_ROWS), None)
+        run(objective, None, rows, None, slice(0, NUM_ROWS), ALONE)
     assert objective.state_dict()["queue_place"] == 4 * NUM_ROWS - 16
     texts = torch.cat(rows["text"]).detach()
     torch.testing.assert_close(objective.text_queue, torch.cat([texts[4:], texts[8:], texts[:4]]))
     before = objective.text_queue.clone()
     rows["text"][0] = torch.full_like(rows["text"][0], torch.nan)
-    run(objective, None, rows, None, slice(0, NUM_ROWS), None)
+    run(objective, None, rows, None, slice(0, NUM_ROWS), ALONE)
     torch.testing.assert_close(objective.text_queue[8:14], before[8:14])
     assert objective.text_queue.isfinite().all()
 
@@ -218,34 +222,35 @@ def unit_views() -> list[torch.Tensor]:
     return [F.normalize(view, dim=1) for view in views]
 
 
-def legacy_gradients_of_rank(part: slice, group: Any, legacy: bool) -> dict[str, list[torch.Tensor]]:
+def legacy_gradients_of_rank(part: slice, layout: RowLayout, legacy: bool) -> dict[str, list[torch.Tensor]]:
     """By this rank's rows of each term that gathers or reduces, as the rank reports it."""
     scale, results = torch.tensor([SCALE], dtype=torch.float64), {}
     swalip = objective_of(legacy_config("swalip", legacy))
 
     def contrastive(views: list[torch.Tensor]) -> torch.Tensor:
-        return view_loss(swalip.config, views[0], views[2], scale, 0.1, group).loss
+        return view_loss(swalip.config, views[0], views[2], scale, 0.1, layout).loss
 
     def swapped(views: list[torch.Tensor]) -> torch.Tensor:
         names = ("strong_image_1", "strong_image_2", "strong_text_1", "strong_text_2")
-        return swalip.own_term({**dict(zip(names, views, strict=True)), "strong_scale": scale}, None, group)
+        return swalip.own_term({**dict(zip(names, views, strict=True)), "strong_scale": scale}, None, layout)
 
     def barlow(views: list[torch.Tensor]) -> torch.Tensor:
-        return barlow_twins(views[0], views[2], 0.005, group, legacy_gradients=legacy)
+        return barlow_twins(views[0], views[2], 0.005, layout, legacy_gradients=legacy)
 
     for term in (contrastive, swapped, barlow):
         own = [view[part].clone().requires_grad_() for view in unit_views()]
         gradients = torch.autograd.grad(term(own), own, allow_unused=True)
         results[term.__name__] = [gradient for gradient in gradients if gradient is not None]
     slip = objective_of(legacy_config("slip", legacy))
-    rows = run(slip, None, rows_of_all_ranks(slip, num_rows=8), None, part, group)["rows"]
+    rows = run(slip, None, rows_of_all_ranks(slip, num_rows=8), None, part, layout)["rows"]
     return {**results, "slip weak": rows["image"][:1], "slip strong": rows["image_trunk"][1:]}
 
 
 def legacy_on_rank(rank: int, world_size: int) -> dict[bool, dict[str, list[torch.Tensor]]]:
     count = 8 // world_size
     part = slice(rank * count, (rank + 1) * count)
-    return {old: legacy_gradients_of_rank(part, torch.distributed.group.WORLD, old) for old in (False, True)}
+    layout = RowLayout(torch.distributed.group.WORLD, (count,) * world_size)
+    return {old: legacy_gradients_of_rank(part, layout, old) for old in (False, True)}
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda size: f"{size} ranks")
@@ -294,7 +299,7 @@ def test_legacy_gradient_of_barlow_twins_is_one_over_the_number_of_ranks(legacy)
 
 
 def test_legacy_gradients_of_one_process_are_exact():
-    exact, published = (legacy_gradients_of_rank(slice(0, 8), None, old) for old in (False, True))
+    exact, published = (legacy_gradients_of_rank(slice(0, 8), RowLayout(None, (8,)), old) for old in (False, True))
     for term, gradients in exact.items():
         for gradient, other in zip(gradients, published[term], strict=True):
             assert torch.equal(gradient, other), term
@@ -327,7 +332,7 @@ def test_nt_xent_in_float32_keeps_its_digits_at_low_loss():
     generator = torch.Generator().manual_seed(6)
     a = F.normalize(torch.randn(40, 64, generator=generator), dim=1)
     b = F.normalize(a + 0.02 * torch.randn(40, 64, generator=generator), dim=1)
-    found, wanted = nt_xent(a, b, 0.02, None), definitions.nt_xent_term(a.double(), b.double(), 0.02)
+    found, wanted = nt_xent(a, b, 0.02, RowLayout(None, (40,))), definitions.nt_xent_term(a.double(), b.double(), 0.02)
     assert wanted < 1e-5
     assert found.item() == pytest.approx(wanted.item(), rel=2e-5)
 
@@ -336,11 +341,12 @@ def test_barlow_twins_by_strips_equals_the_whole_matrix(monkeypatch):
     monkeypatch.setattr("train.objectives.barlip.FEATURE_TILE", 2)
     x, y = (view.requires_grad_() for view in unit_views()[::2])
     wanted = definitions.barlow_term(x, y, 0.3)
-    found = barlow_twins(x, y, 0.3, None)
+    alone = RowLayout(None, (8,))
+    found = barlow_twins(x, y, 0.3, alone)
     assert found.item() == pytest.approx(wanted.item(), rel=1e-12)
     for gradient, expected in zip(torch.autograd.grad(found, [x, y]), torch.autograd.grad(wanted, [x, y]), strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-13)
-    assert torch.autograd.gradcheck(lambda x, y: barlow_twins(x, y, 0.3, None), (x, y))
+    assert torch.autograd.gradcheck(lambda x, y: barlow_twins(x, y, 0.3, alone), (x, y))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tests.ranks import run_on_ranks
 from train.config import ObjectiveConfig, TrainConfig
-from train.distributed import world_group
+from train.distributed import RowLayout, world_group
 from train.models.clip_library import PreprocessCfg, open_clip
 from train.objectives import Encoded, TowerWidths, build_objective
 from train.objectives.declip import mean_over_words
@@ -109,12 +109,12 @@ def test_the_guesses_take_their_part_in_the_loss_and_reach_every_weight_of_their
     views = tuple(texts(6, torch.Generator().manual_seed(seed)) for seed in (6, 7))
     *encoded, scalars = towers(ENCODE, images, views)
     outputs, *_ = towers(HEADS, *encoded, None)
-    terms = towers.objective.loss(outputs, scalars, None, None)
+    terms = towers.objective.loss(outputs, scalars, None, RowLayout(None, (6,)))
     plain = build_objective(TrainConfig(objective=replace(SETTINGS, mlm_weight=0.0)), towers.objective.widths)
     plain.load_state_dict(towers.objective.state_dict(), strict=False)
     # The queue has moved on since: the same one again.
     plain.text_queue.copy_(tiny_towers(TrainConfig(objective=SETTINGS)).objective.text_queue)
-    without = plain.loss(plain(Encoded(*encoded[:4], scalars), None), scalars, None, None)
+    without = plain.loss(plain(Encoded(*encoded[:4], scalars), None), scalars, None, RowLayout(None, (6,)))
     loss_B, number_B = encoded[4]
     mlm = float(loss_B.sum() / number_B.sum())
     assert float(terms.values["mlm"]) == pytest.approx(mlm, rel=1e-6)

@@ -6,15 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.host_reads import Reads
 from tests.ranks import run_on_ranks
 from tests.same_gradient import NUM_ROWS, Cell, global_batches, tiny_model
 from train.config import OptimConfig, TrainConfig
 from train.whole_gradients import WholeGradients
-
-# What makes the host wait for a GPU: numbers read, and results whose size depends on numbers.
-READS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique", "_unique2")
 
 
 def small_model() -> torch.nn.Module:
@@ -65,19 +62,6 @@ def test_a_gradient_that_is_not_finite_changes_neither_weights_nor_moments_nor_t
         assert state["exp_avg"].count_nonzero() == state["exp_avg_sq"].count_nonzero() == 0
 
 
-class Reads(TorchDispatchMode):
-    """Counts what this process reads from tensors. Not inside the loss's operations: those are test_kernels_waiting's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function._opname in READS:
-            self.found.append(function._opname)
-        return function(*args, **(kwargs or {}))
-
-
 def reads_of_a_step(rank: int, world_size: int, cells: list[Cell]) -> list[list[str]]:
     from train.data.loader import RankBatch
     from train.distributed import Ranks
@@ -119,8 +103,9 @@ def test_a_step_reads_nothing_from_the_device_at_zero_0_and_once_with_sharded_st
     cells += [Cell(stage, "autocast", "none", 1, 1, "contrastive") for stage in (1, 2, 3)]
     found = run_on_ranks(reads_of_a_step, 1, cells)[0]
     assert found[:4] == [[], [], [], []]
-    # DeepSpeed's look at the norm decides there whether to step.
-    assert [len(reads) for reads in found[4:]] == [1, 1, 1], found
+    # DeepSpeed's look at the norm decides there whether to step; it also makes tensors of numbers of its own.
+    read = [[name for name in reads if not name.startswith("lift_fresh")] for reads in found[4:]]
+    assert [len(reads) for reads in read] == [1, 1, 1], found
 
 
 def same_flags(rank: int, world_size: int, other: str) -> str:

@@ -138,6 +138,50 @@ def world_size_of(group: dist.ProcessGroup | None) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
+@dataclass(frozen=True)
+class RowLayout:
+    """How many rows of a batch each rank of a group holds. The host knows it, so that no loss has to ask the device."""
+
+    group: dist.ProcessGroup | None
+    """None: this process alone"""
+    counts: tuple[int, ...]
+    """rows of each rank, in rank order"""
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+    @property
+    def world_size(self) -> int:
+        return len(self.counts)
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts)
+
+
+def row_layout(counts: tuple[int, ...], num_own: int, group: dist.ProcessGroup | None) -> RowLayout:
+    """counts: rows of every rank of `group`; empty where nobody knows them: then ranks exchange them, which waits for the device and is
+    collective. num_own: rows of this rank. Raises ValueError for counts of other ranks or of other rows.
+    """
+    layout = RowLayout(group, tuple(counts) or _exchanged_counts(num_own, group))
+    if layout.world_size != world_size_of(group) or layout.counts[layout.rank] != num_own:
+        raise ValueError(
+            f"rows_per_rank={list(counts)} must name the rows of {world_size_of(group)} ranks, and {num_own} of them for rank {layout.rank}"
+        )
+    return layout
+
+
+def _exchanged_counts(num_own: int, group: dist.ProcessGroup | None) -> tuple[int, ...]:
+    """Collective: every rank calls."""
+    if group is None:
+        return (num_own,)
+    counts = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=_collective_device())
+    counts[dist.get_rank(group)] = num_own
+    dist.all_reduce(counts, group=group)
+    return tuple(counts.tolist())
+
+
 def _collective_device() -> torch.device:
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
@@ -170,28 +214,21 @@ def sum_over_group(values: torch.Tensor, group: dist.ProcessGroup | None) -> tor
     return values.detach().clone() if group is None else _all_reduced(values, group)
 
 
-def mean_over_rows(values_B: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+def mean_over_rows(values_B: torch.Tensor, layout: RowLayout) -> torch.Tensor:
     """The mean over the rows of all ranks, 0-d, differentiable for a loss: gradients are the number of ranks times the mean's.
 
     Collective: every rank calls.
     """
-    own = torch.stack([values_B.sum(), values_B.new_tensor(len(values_B))])
-    total, num_rows = summed_over_ranks(own, group, used_alike=True).unbind()
-    return total / num_rows.detach()
+    return summed_over_ranks(values_B.sum(), layout.group, used_alike=True) / layout.total
 
 
-def rows_of_all_ranks(rows_BX: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+def rows_of_all_ranks(rows_BX: torch.Tensor, layout: RowLayout) -> torch.Tensor:
     """[G, X] in rank order, differentiable by the sum over ranks of what each makes of them. Collective, backward too: every rank calls."""
-    if group is None:
+    if layout.group is None:
         return rows_BX
-    counts = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=rows_BX.device)
-    counts[dist.get_rank(group)] = len(rows_BX)
-    dist.all_reduce(counts, group=group)
-    before, own, after = (
-        int(part.sum()) for part in counts.tensor_split([dist.get_rank(group), dist.get_rank(group) + 1])
-    )
-    assert own == len(rows_BX), "each rank counts its own rows"
-    return summed_over_ranks(torch.nn.functional.pad(rows_BX, (0, 0, before, after)), group)
+    assert layout.counts[layout.rank] == len(rows_BX), "the counts are of these rows"
+    before, after = sum(layout.counts[: layout.rank]), sum(layout.counts[layout.rank + 1 :])
+    return summed_over_ranks(torch.nn.functional.pad(rows_BX, (0, 0, before, after)), layout.group)
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -24,6 +24,7 @@ from train.distributed import Ranks
 from train.ds_config import check_regime, offload_device, precision, zero_stage
 from train.models.architecture import quiet_root_logger
 from train.models.model import SCALARS, attention_for
+from train.models.running_statistics import statistics_of_first_pass
 from train.objectives.teacher import Teacher
 from train.schedule import parameter_groups
 from train.supervision.phases import BACKWARD, FORWARD, REDUCE, STEP, Phases, book_reductions
@@ -221,8 +222,8 @@ class Engine:
                 self.whole_gradients.add_over_ranks()
 
     def _backward(self, loss: torch.Tensor) -> None:
-        # Activation checkpointing runs parts of the forward again in here, and they have to choose the same attention.
-        with attention_for(self.device):
+        # Activation checkpointing runs parts of the forward again in here: by the same attention, and counting no batch twice.
+        with attention_for(self.device), statistics_of_first_pass(self.module):
             self.engine.backward(loss if self.whole_gradients is None else loss / self.world_size)
 
     def _step(self, learning_rate: float) -> torch.Tensor:

@@ -5,6 +5,7 @@ In: a TrainConfig and this process's place among the ranks. Out: `RunParts`; `co
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,17 +63,10 @@ def set_up(config: TrainConfig, recipe: str, ranks: Ranks, phases: Phases, stop_
     if config.threads:
         torch.set_num_threads(config.threads)
     seed_generators(config.seed)
-    ds_config = read_ds_config(config.ds_config)
-    check_zero_section(config.ds_config, ds_config)
-    check_ranks_agree(config, ds_config, ranks)
+    ds_config = _checked_regime(config, ranks)
     if saved_steps(run):
         check_same_run(run, config)
-    model, preprocess = build_model(config.model, config.loss.kind, say=print if ranks.is_main else no_words)
-    towers = build_towers(model, preprocess, config)
-    objective = getattr(towers, "objective", None)
-    heads = take_over_published_heads(objective, config.model) or take_over_heads(
-        config.model.pretrained, objective, config.objective
-    )
+    towers, preprocess, heads = _towers(config, ranks)
     start = find_checkpoint(run, ranks, towers)
     first_step = start.step if start else 0
     dataset = _dataset(config, ranks, preprocess.size, towers)
@@ -81,32 +75,13 @@ def set_up(config: TrainConfig, recipe: str, ranks: Ranks, phases: Phases, stop_
         check_same_data(run, dataset.identity())
     barrier()  # every rank has read the run folder before rank 0 writes to it
     cost = step_cost(towers, dataset.image_size, ds_config, ranks.device) if ranks.is_main else None
-    teacher = Teacher(towers, towers.objective.teacher_momentum) if has_teacher(towers) else None
-    if config.compile:
-        check_compiles(stage=zero_stage(ds_config), config=config.objective)
-        compile_blocks(model, ranks.device.type)
-    engine = Engine(
-        towers, ds_config, config.optim, batch_size=config.batch_size, ranks=ranks, phases=phases, teacher=teacher
-    )
-    # Weights were drawn alike on all ranks; what a step drops is each rank's own.
-    seed_random_state(config.seed, 0, ranks.rank)
+    engine = _engine(config, ds_config, towers, ranks, phases)
     resumed = restore(start, engine, ranks, config.seed) if start else ""
     saver = _saver(config, recipe, engine, ranks, preprocess)
     if ranks.is_main:
-        write_run_manifest(
-            run,
-            config,
-            recipe=recipe,
-            deepspeed=engine.config,
-            world_size=ranks.world_size,
-            device=str(ranks.device),
-            first_step=first_step,
-            began_s=phases.began_s,
-            num_steps=num_steps,
-            steps_per_epoch=dataset.steps_per_epoch,
-            **(asdict(cost) if cost else {}),
-            **dataset.identity(),
-        )
+        figures = {**(asdict(cost) if cost else {}), **dataset.identity()}
+        steps = {"first_step": first_step, "num_steps": num_steps, "steps_per_epoch": dataset.steps_per_epoch}
+        _write_manifest(config, recipe, engine, ranks, phases, **steps, **figures)
     parts = RunParts(
         run,
         config,
@@ -127,6 +102,56 @@ def set_up(config: TrainConfig, recipe: str, ranks: Ranks, phases: Phases, stop_
     if resumed or heads:
         parts.log.say(resumed or heads)
     return parts
+
+
+def _checked_regime(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
+    """The DeepSpeed JSON. Raises ValueError where DeepSpeed would not take it, or ranks have other flags. Collective: every rank calls."""
+    ds_config = read_ds_config(config.ds_config)
+    check_zero_section(config.ds_config, ds_config)
+    check_ranks_agree(config, ds_config, ranks)
+    return ds_config
+
+
+def _towers(config: TrainConfig, ranks: Ranks) -> tuple[TwoTowers, PreprocessCfg, str]:
+    """The module to train, its pictures' preprocessing, and what to say about where its heads come from."""
+    model, preprocess = build_model(config.model, config.loss.kind, say=print if ranks.is_main else no_words)
+    towers = build_towers(model, preprocess, config)
+    objective = getattr(towers, "objective", None)
+    heads = take_over_published_heads(objective, config.model) or take_over_heads(
+        config.model.pretrained, objective, config.objective
+    )
+    return towers, preprocess, heads
+
+
+def _engine(config: TrainConfig, ds_config: dict[str, Any], towers: TwoTowers, ranks: Ranks, phases: Phases) -> Engine:
+    """The engine with its teacher, blocks compiled where asked, random state as before the first step. Collective: every rank calls."""
+    # The teacher is a copy of what is not compiled yet.
+    teacher = Teacher(towers, towers.objective.teacher_momentum) if has_teacher(towers) else None
+    if config.compile:
+        check_compiles(stage=zero_stage(ds_config), config=config.objective)
+        compile_blocks(towers.clip, ranks.device.type)
+    engine = Engine(
+        towers, ds_config, config.optim, batch_size=config.batch_size, ranks=ranks, phases=phases, teacher=teacher
+    )
+    # Weights were drawn alike on all ranks; what a step drops is each rank's own.
+    seed_random_state(config.seed, 0, ranks.rank)
+    return engine
+
+
+def _write_manifest(
+    config: TrainConfig, recipe: str, engine: Engine, ranks: Ranks, phases: Phases, **figures: Any
+) -> None:
+    """`config.json`. figures: steps, cost and data of the run."""
+    write_run_manifest(
+        Path(config.out),
+        config,
+        recipe=recipe,
+        deepspeed=engine.config,
+        world_size=ranks.world_size,
+        device=str(ranks.device),
+        began_s=phases.began_s,
+        **figures,
+    )
 
 
 def _saver(

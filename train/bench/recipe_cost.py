@@ -218,6 +218,7 @@ def _batches(towers: Any, size: int | tuple[int, int], config: TrainConfig, rows
             torch.arange(rows),
             config.batch_size,
             0,
+            rows_per_rank=(rows,) * (config.batch_size // rows),
             strong_images=tuple(images(strong) for _ in range(views.strong_images)),
             strong_texts=tuple(texts() for _ in range(views.strong_texts)),
         )

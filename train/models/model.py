@@ -243,7 +243,10 @@ class TwoTowers(torch.nn.Module):
         return copy if exact is None else copy + (exact - copy).detach()
 
     def _normalised(self, image_BCHW: torch.Tensor) -> torch.Tensor:
-        mean = torch.tensor(self.mean, device=image_BCHW.device).view(1, 3, 1, 1) * 255
-        std = torch.tensor(self.std, device=image_BCHW.device).view(1, 3, 1, 1) * 255
+        # Filled where they are used: a tensor made of Python's numbers is copied there, and the host waits for a GPU.
+        mean, std = (
+            torch.stack([torch.full((1, 1), value, device=image_BCHW.device) for value in values]) * 255
+            for values in (self.mean, self.std)
+        )
         image_BCHW = (image_BCHW.float() - mean) / std
         return image_BCHW.contiguous(memory_format=torch.channels_last).to(self.clip.logit_scale.dtype)

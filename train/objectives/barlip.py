@@ -4,12 +4,10 @@ Source: Fini et al. 2023 (arXiv:2305.08675); Barlow Twins, Zbontar et al. 2021 (
 Shape letters: B rows of this rank, F features.
 """
 
-from typing import Any
-
 import torch
 
 from train.config import TrainConfig
-from train.distributed import sum_over_group, world_size_of
+from train.distributed import RowLayout, sum_over_group
 from train.objectives.cl2l import Cl2lObjective
 from train.objectives.heads import barlow_projector
 from train.objectives.objective import Encoded, Outputs, TowerWidths
@@ -44,7 +42,7 @@ class BarlipObjective(Cl2lObjective):
                 outputs[f"{tower}_projection_{number}"] = self.barlow_projectors[name](trunk)
         return outputs
 
-    def own_term(self, outputs: Outputs, teacher_outputs: Outputs | None, group: Any) -> torch.Tensor:
+    def own_term(self, outputs: Outputs, teacher_outputs: Outputs | None, layout: RowLayout) -> torch.Tensor:
         """barlow_scale times the mean over the weak pair and all pairs of strong views."""
         strong = range(1, 1 + self.num_views)
         pairs = [(0, 0), *((image, text) for image in strong for text in strong)]
@@ -54,7 +52,7 @@ class BarlipObjective(Cl2lObjective):
                 outputs[f"image_projection_{image}"],
                 outputs[f"text_projection_{text}"],
                 settings.barlow_off_diagonal,
-                group,
+                layout,
                 legacy_gradients=settings.legacy_gradients,
             )
             for image, text in pairs
@@ -63,29 +61,28 @@ class BarlipObjective(Cl2lObjective):
 
 
 def barlow_twins(
-    x_BF: torch.Tensor, y_BF: torch.Tensor, off_diagonal: float, group: Any, *, legacy_gradients: bool = False
+    x_BF: torch.Tensor, y_BF: torch.Tensor, off_diagonal: float, layout: RowLayout, *, legacy_gradients: bool = False
 ) -> torch.Tensor:
     """sum_i (C_ii - 1)^2 + off_diagonal * sum over i != j of C_ij^2 for C = x.T @ y / rows, over the rows of all ranks; 0-d.
 
     x_BF, y_BF: batch-normalised features. legacy_gradients: 1 / ranks of the exact gradient, as where the reduction of C passes none on.
     Memory: a strip of C, its gradients are formed with it. Collective, forward only: every rank calls.
     """
-    return _BarlowTwins.apply(x_BF, y_BF, off_diagonal, group, legacy_gradients)
+    return _BarlowTwins.apply(x_BF, y_BF, off_diagonal, layout, legacy_gradients)
 
 
 class _BarlowTwins(torch.autograd.Function):
     """The gradient by a strip of C is known as soon as the strip is: C is formed and reduced once, and never whole."""
 
     @staticmethod
-    def forward(ctx, x_BF, y_BF, off_diagonal, group, legacy_gradients):
+    def forward(ctx, x_BF, y_BF, off_diagonal, layout, legacy_gradients):
         with torch.autocast(x_BF.device.type, enabled=False):
             x_BF, y_BF = x_BF.detach(), y_BF.detach()
-            total = sum_over_group(x_BF.new_tensor([len(x_BF)]), group)
             d_x_BF, d_y_BF = torch.empty_like(x_BF), torch.zeros_like(y_BF)
             loss = x_BF.new_zeros(())
             for first in range(0, x_BF.shape[1], FEATURE_TILE):
                 strip = slice(first, min(first + FEATURE_TILE, x_BF.shape[1]))
-                correlation = sum_over_group(x_BF[:, strip].T @ y_BF, group).div_(total)
+                correlation = sum_over_group(x_BF[:, strip].T @ y_BF, layout.group).div_(layout.total)
                 own = correlation[:, strip].diagonal()
                 error = own - 1
                 loss += error.square().sum() + off_diagonal * (correlation.square().sum() - own.square().sum())
@@ -93,7 +90,7 @@ class _BarlowTwins(torch.autograd.Function):
                 own.copy_(2 * error)
                 d_x_BF[:, strip] = y_BF @ correlation.T
                 d_y_BF.addmm_(x_BF[:, strip], correlation)
-            factor = (1 if legacy_gradients else world_size_of(group)) / total
+            factor = (1 if legacy_gradients else layout.world_size) / layout.total
             ctx.save_for_backward(d_x_BF.mul_(factor), d_y_BF.mul_(factor))
         return loss
 

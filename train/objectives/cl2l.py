@@ -5,12 +5,12 @@ image view and a text view.
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from train.config import TrainConfig
+from train.distributed import RowLayout
 from train.objectives.contrastive import view_loss, weak_loss
 from train.objectives.heads import simclr_head
 from train.objectives.objective import Encoded, Objective, Outputs, Terms, TowerWidths
@@ -49,20 +49,20 @@ class Cl2lObjective(Objective):
         outputs: Outputs,
         encoded_scalars: tuple[torch.Tensor, ...],
         teacher_outputs: Outputs | None,
-        group: Any,
+        layout: RowLayout,
     ) -> Terms:
         settings = self.config.objective
         share = (2 if settings.reduction == "sum" else 1) / (1 + self.num_views)
-        weak = weak_loss(self.config, outputs, encoded_scalars, group, share)
-        strong = self._strong(outputs, group)
+        weak = weak_loss(self.config, outputs, encoded_scalars, layout, share)
+        strong = self._strong(outputs, layout)
         loss = weak.loss + share * self.num_views * strong.loss
         values = {**weak.values, **strong.values}
-        own = self.own_term(outputs, teacher_outputs, group)
+        own = self.own_term(outputs, teacher_outputs, layout)
         if own is not None:
             loss, values[self.own_name] = loss + settings.ssl_weight * own, own.detach()
         return Terms(loss, {**values, "loss": loss.detach()})
 
-    def own_term(self, outputs: Outputs, teacher_outputs: Outputs | None, group: Any) -> torch.Tensor | None:
+    def own_term(self, outputs: Outputs, teacher_outputs: Outputs | None, layout: RowLayout) -> torch.Tensor | None:
         """What a method adds, before ssl_weight, 0-d, differentiable; None: nothing. Collective: every rank calls."""
         return None
 
@@ -70,11 +70,11 @@ class Cl2lObjective(Objective):
         """Unit rows [B, head_dim] of "image" or "text", a tensor for each strong view."""
         return [outputs[f"strong_{tower}_{number}"] for number in range(1, 1 + self.num_views)]
 
-    def _strong(self, outputs: Outputs, group: Any) -> Terms:
+    def _strong(self, outputs: Outputs, layout: RowLayout) -> Terms:
         """The mean over pairs of strong views. Collective: every rank calls."""
         smoothing, scale = self.config.objective.strong_label_smoothing, outputs["strong_scale"]
         pairs = [
-            view_loss(self.config, image_BD, text_BD, scale, smoothing, group)
+            view_loss(self.config, image_BD, text_BD, scale, smoothing, layout)
             for image_BD in self.strong_views(outputs, "image")
             for text_BD in self.strong_views(outputs, "text")
         ]

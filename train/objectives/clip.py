@@ -1,9 +1,8 @@
 """CLIP's objective: the loss of train/loss.py on the weak views, without heads."""
 
-from typing import Any
-
 import torch
 
+from train.distributed import RowLayout
 from train.objectives.contrastive import weak_loss
 from train.objectives.objective import Encoded, Objective, Outputs, Terms
 
@@ -19,6 +18,6 @@ class ClipObjective(Objective):
         outputs: Outputs,
         encoded_scalars: tuple[torch.Tensor, ...],
         teacher_outputs: Outputs | None,
-        group: Any,
+        layout: RowLayout,
     ) -> Terms:
-        return weak_loss(self.config, outputs, encoded_scalars, group)
+        return weak_loss(self.config, outputs, encoded_scalars, layout)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 import kernels
 from train.config import TrainConfig
-from train.distributed import mean_over_rows, rows_of_all_ranks, summed_over_ranks
-from train.objectives.contrastive import softplus, view_loss, weak_loss
+from train.distributed import RowLayout, mean_over_rows, rows_of_all_ranks, summed_over_ranks
+from train.objectives.contrastive import over_ranks, softplus, view_loss, weak_loss
 from train.objectives.heads import Head
 from train.objectives.objective import Encoded, Objective, Outputs, Terms, TowerWidths
 from train.views import Views
@@ -62,52 +62,51 @@ class DeclipObjective(Objective):
         outputs: Outputs,
         encoded_scalars: tuple[torch.Tensor, ...],
         teacher_outputs: Outputs | None,
-        group: Any,
+        layout: RowLayout,
     ) -> Terms:
         settings, scale = self.config.objective, encoded_scalars[0]
         images, texts = ((outputs[name], outputs[f"strong_{name}"]) for name in ("image", "text"))
         share = settings.mvs_weight / 4
-        weak = weak_loss(self.config, outputs, encoded_scalars, group, share)
+        weak = weak_loss(self.config, outputs, encoded_scalars, layout, share)
         others = [
-            view_loss(self.config, images[a], texts[b], scale, self.config.loss.label_smoothing, group).loss
+            view_loss(self.config, images[a], texts[b], scale, self.config.loss.label_smoothing, layout).loss
             for a, b in ((0, 1), (1, 0), (1, 1))
         ]
-        nns = self._nearest_texts_loss(images, texts, scale, group)
-        siam = self._simsiam(outputs, group)
+        nns = self._nearest_texts_loss(images, texts, scale, layout)
+        siam = self._simsiam(outputs, layout)
         loss = weak.loss + share * sum(others) + settings.nns_weight * nns + settings.ssl_weight * siam
         values = {"mvs_other_pairs": sum(others).detach() / 3, "nns": nns.detach(), "simsiam": siam.detach()}
         if settings.mlm_weight:
-            mlm = mean_over_words(outputs["words_loss"], outputs["words_number"], group)
+            mlm = mean_over_words(outputs["words_loss"], outputs["words_number"], layout.group)
             loss, values["mlm"] = loss + settings.mlm_weight * mlm, mlm.detach()
-        self._enqueue(texts, group)
+        self._enqueue(texts, layout)
         return Terms(loss, {**weak.values, **values, "loss": loss.detach()})
 
     def _nearest_texts_loss(
-        self, images: tuple[torch.Tensor, ...], texts: tuple[torch.Tensor, ...], scale: torch.Tensor, group: Any
+        self, images: tuple[torch.Tensor, ...], texts: tuple[torch.Tensor, ...], scale: torch.Tensor, layout: RowLayout
     ) -> torch.Tensor:
         """Cross entropy of each image among the texts nearest to all pairs' texts; images alone have a gradient. Collective."""
-        losses = []
+        losses, options = [], over_ranks(layout, self.config.loss.backend)
         for text_BD in texts:
             near_BD = nearest_rows(text_BD.detach(), self.text_queue)
             for image_BD in images:
-                options = {"process_group": group, "backend": self.config.loss.backend}
                 off_B = kernels.off_diagonal_log_sum_exp(image_BD, near_BD, scale, **options).rows_B
                 losses.append(softplus(off_B - scale * (image_BD * near_BD).sum(1)))
-        return mean_over_rows(sum(losses) / len(losses), group)
+        return mean_over_rows(sum(losses) / len(losses), layout)
 
-    def _simsiam(self, outputs: Outputs, group: Any) -> torch.Tensor:
+    def _simsiam(self, outputs: Outputs, layout: RowLayout) -> torch.Tensor:
         """Minus the mean cosine of each view's prediction and the other's projection without gradient. Collective."""
         cosines = [
             F.cosine_similarity(outputs[f"prediction_{own}"], outputs[f"projection_{1 - own}"].detach(), dim=1)
             for own in (0, 1)
         ]
-        return -mean_over_rows(sum(cosines) / 2, group)
+        return -mean_over_rows(sum(cosines) / 2, layout)
 
     @torch.no_grad()
-    def _enqueue(self, texts: tuple[torch.Tensor, ...], group: Any) -> None:
+    def _enqueue(self, texts: tuple[torch.Tensor, ...], layout: RowLayout) -> None:
         """Put both views' texts of all ranks in place of the oldest. Collective: every rank calls."""
         length = len(self.text_queue)
-        rows_ND = torch.cat([rows_of_all_ranks(text_BD.detach(), group) for text_BD in texts])[-length:]
+        rows_ND = torch.cat([rows_of_all_ranks(text_BD.detach(), layout) for text_BD in texts])[-length:]
         places_N = (self.queue_place + torch.arange(len(rows_ND), device=rows_ND.device)) % length
         # A step that is not finite changes nothing: its rows stay out.
         finite_N1 = rows_ND.isfinite().all(1, keepdim=True)

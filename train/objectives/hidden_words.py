@@ -29,12 +29,22 @@ class HiddenWords:
     """bool: where the mask stands"""
     is_chosen_BL: torch.Tensor
     """bool: the words to guess"""
+    row_M: torch.Tensor
+    """int64: the row of each of them"""
+    place_M: torch.Tensor
+    """int64: its place in the row"""
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The fields in order."""
+        return self.text_BL, self.is_hidden_BL, self.is_chosen_BL, self.row_M, self.place_M
 
 
 def hide_words(text_BL: torch.Tensor, probability: float) -> HiddenWords:
-    """Choose each word with `probability`, from torch's generator of the device.
+    """Choose each word with `probability`, from torch's generator of the device of the texts.
 
-    text_BL: int64 tokens in CLIP's order: the start, words, and the end, whose token is the largest; then padding.
+    text_BL: int64 tokens in CLIP's order: the start, words, and the end, whose token is the largest; then padding. The host waits
+    for the number of chosen words, so a step gives texts that are in the host's memory.
     """
     place_L = torch.arange(text_BL.shape[1], device=text_BL.device)
     is_word_BL = (place_L > 0) & (place_L < text_BL.argmax(1, keepdim=True))
@@ -43,17 +53,17 @@ def hide_words(text_BL: torch.Tensor, probability: float) -> HiddenWords:
     is_replaced_BL = is_chosen_BL & (fate_BL >= HIDDEN) & (fate_BL < HIDDEN + REPLACED)
     # Ordinary tokens are below the start's; 0 is padding.
     other_BL = 1 + (word_BL * (text_BL[:, :1] - 1)).long()
-    return HiddenWords(torch.where(is_replaced_BL, other_BL, text_BL), is_chosen_BL & (fate_BL < HIDDEN), is_chosen_BL)
+    seen_BL, is_hidden_BL = torch.where(is_replaced_BL, other_BL, text_BL), is_chosen_BL & (fate_BL < HIDDEN)
+    return HiddenWords(seen_BL, is_hidden_BL, is_chosen_BL, *is_chosen_BL.nonzero(as_tuple=True))
 
 
 def encode_and_guess(
-    clip: torch.nn.Module, objective: Objective, text_BL: torch.Tensor
+    clip: torch.nn.Module, objective: Objective, text_BL: torch.Tensor, hidden: HiddenWords
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
     """((features, trunk) of the texts with hidden words, (cross entropy of the guesses in nats [B], their number [B])), sums over each row.
 
-    objective: has `hidden_word_probability`, `word_mask` and `text_label_predictor`.
+    objective: has `word_mask` and `text_label_predictor`. hidden: what `hide_words` made of the texts.
     """
-    hidden = hide_words(text_BL, objective.hidden_word_probability)
     tower = getattr(clip, "text", clip)
     # Looked up here, whether or not a word is hidden: ZeRO-3 wants the same modules in the same order on every rank.
     mask_W = objective.word_mask(torch.zeros((), dtype=torch.int64, device=text_BL.device))
@@ -67,7 +77,7 @@ def encode_and_guess(
             pair = encode_text(clip, hidden.text_BL)
     finally:
         handle.remove()
-    row_M, place_M = hidden.is_chosen_BL.nonzero(as_tuple=True)
+    row_M, place_M = hidden.row_M, hidden.place_M
     guess_MV = objective.text_label_predictor(objective.to_weights(seen[-1][row_M, place_M]))
     loss_M = F.cross_entropy(guess_MV.float(), text_BL[row_M, place_M], reduction="none")
     loss_B = loss_M.new_zeros(len(text_BL)).index_add(0, row_M, loss_M)

@@ -8,11 +8,11 @@ Shape letters: B rows of this rank, D embedding, W trunk width (a tower's featur
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from train.config import TrainConfig
+from train.distributed import RowLayout
 from train.views import Views
 
 Outputs = dict[str, torch.Tensor]
@@ -87,9 +87,9 @@ class Objective(torch.nn.Module, ABC):
         outputs: Outputs,
         encoded_scalars: tuple[torch.Tensor, ...],
         teacher_outputs: Outputs | None,
-        group: Any,
+        layout: RowLayout,
     ) -> Terms:
-        """The loss over all rows of the ranks of `group`; fp32, outside autocast.
+        """The loss over the rows of all ranks, as `layout` counts them; fp32, outside autocast. The host reads nothing from the device.
 
         Its gradient by what a rank gave is the world size times the gradient of the global mean (train/loss.py), as the engine takes the
         mean over ranks. Collective: every rank calls.

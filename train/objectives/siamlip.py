@@ -5,13 +5,11 @@ every strong one. Source: Fini et al. 2023 (arXiv:2305.08675); SimSiam, Chen & H
 (arXiv:2006.07733).
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 
 from train.config import TrainConfig
-from train.distributed import mean_over_rows
+from train.distributed import RowLayout, mean_over_rows
 from train.objectives.batch_norm import BatchNormOverRanks
 from train.objectives.cl2l import Cl2lObjective
 from train.objectives.heads import siam_predictor, siam_projector
@@ -69,7 +67,7 @@ class SiamlipObjective(Cl2lObjective):
             found[f"{tower}_projection_{number}"] = self.siam_norms[f"{tower}_{strength}"](rows)
         return found
 
-    def own_term(self, outputs: Outputs, teacher_outputs: Outputs | None, group: Any) -> torch.Tensor:
+    def own_term(self, outputs: Outputs, teacher_outputs: Outputs | None, layout: RowLayout) -> torch.Tensor:
         """Mean of 2 - 2 cos(prediction, target without gradient) over rows, directions, the weak pair and all strong pairs."""
         targets = outputs if teacher_outputs is None else teacher_outputs
         cosine_B = 0
@@ -79,7 +77,7 @@ class SiamlipObjective(Cl2lObjective):
             # The sum over all pairs of strong views is the product of the sums.
             strong_B = (sum(predicted[1:]) * sum(target[1:])).sum(1)
             cosine_B = cosine_B + (predicted[0] * target[0]).sum(1) + strong_B
-        return mean_over_rows(2 - 2 * cosine_B / (2 + 2 * self.num_views**2), group)
+        return mean_over_rows(2 - 2 * cosine_B / (2 + 2 * self.num_views**2), layout)
 
     def _unit_rows(self, outputs: Outputs, name: str) -> list[torch.Tensor]:
         return [F.normalize(outputs[f"{name}_{number}"], dim=-1) for number in range(1 + self.num_views)]
@@ -94,6 +92,6 @@ class ByolipObjective(SiamlipObjective):
         super().__init__(config, widths)
         self.teacher_momentum = config.objective.teacher_momentum
 
-    def own_term(self, outputs: Outputs, teacher_outputs: Outputs | None, group: Any) -> torch.Tensor:
+    def own_term(self, outputs: Outputs, teacher_outputs: Outputs | None, layout: RowLayout) -> torch.Tensor:
         assert teacher_outputs is not None, "an objective with a teacher_momentum is given its teacher's outputs"
-        return super().own_term(outputs, teacher_outputs, group)
+        return super().own_term(outputs, teacher_outputs, layout)

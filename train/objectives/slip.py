@@ -4,15 +4,13 @@ Source: Mu et al. 2021 (arXiv:2112.12750), section 3; SimCLR, Chen et al. 2020 (
 Shape letters: B rows of this rank, D embedding.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 
 import kernels
 from train.config import TrainConfig
-from train.distributed import mean_over_rows
-from train.objectives.contrastive import softplus, weak_loss
+from train.distributed import RowLayout, mean_over_rows
+from train.objectives.contrastive import over_ranks, softplus, weak_loss
 from train.objectives.heads import simclr_head
 from train.objectives.objective import Encoded, Objective, Outputs, Terms, TowerWidths
 from train.views import Views
@@ -37,15 +35,15 @@ class SlipObjective(Objective):
         outputs: Outputs,
         encoded_scalars: tuple[torch.Tensor, ...],
         teacher_outputs: Outputs | None,
-        group: Any,
+        layout: RowLayout,
     ) -> Terms:
         settings = self.config.objective
-        weak = weak_loss(self.config, outputs, encoded_scalars, group)
+        weak = weak_loss(self.config, outputs, encoded_scalars, layout)
         simclr = nt_xent(
             outputs["strong_image_1"],
             outputs["strong_image_2"],
             settings.simclr_temperature,
-            group,
+            layout,
             backend=self.config.loss.backend,
         )
         loss = weak.loss + settings.ssl_weight * simclr
@@ -53,14 +51,15 @@ class SlipObjective(Objective):
 
 
 def nt_xent(
-    a_BD: torch.Tensor, b_BD: torch.Tensor, temperature: float, group: Any, *, backend: str = "auto"
+    a_BD: torch.Tensor, b_BD: torch.Tensor, temperature: float, layout: RowLayout, *, backend: str = "auto"
 ) -> torch.Tensor:
     """Mean over all ranks' rows of both views of the cross entropy of a row's other view among all rows of both but itself, in nats, 0-d.
 
     a_BD, b_BD: unit rows, one for each picture of this rank. Collective, backward too: every rank calls.
     """
-    scale = a_BD.new_tensor(1 / temperature)
-    options = {"process_group": group, "backend": backend}
+    # Filled on the device: a copy of a number would make the host wait.
+    scale = a_BD.new_full((), 1 / temperature)
+    options = over_ranks(layout, backend)
     across = kernels.off_diagonal_log_sum_exp(a_BD, b_BD, scale, **options)
     within_a_B, within_b_B = (
         kernels.off_diagonal_log_sum_exp(rows_BD, None, scale, **options).rows_B for rows_BD in (a_BD, b_BD)
@@ -68,4 +67,4 @@ def nt_xent(
     positive_B = scale * (a_BD * b_BD).sum(1)
     of_a_B = softplus(torch.logaddexp(across.rows_B, within_a_B) - positive_B)
     of_b_B = softplus(torch.logaddexp(across.columns_B, within_b_B) - positive_B)
-    return mean_over_rows((of_a_B + of_b_B) / 2, group)
+    return mean_over_rows((of_a_B + of_b_B) / 2, layout)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from train.distributed import mean_over_rows, rows_of_all_ranks, sum_over_group
+from train.distributed import RowLayout, mean_over_rows, rows_of_all_ranks, sum_over_group
 from train.objectives.cl2l import Cl2lObjective
 from train.objectives.contrastive import has_legacy_gradients, softmaxes
 from train.objectives.objective import Outputs
@@ -21,17 +21,17 @@ class SwalipObjective(Cl2lObjective):
 
     own_name = "swapped"
 
-    def own_term(self, outputs: Outputs, teacher_outputs: Outputs | None, group: Any) -> torch.Tensor:
+    def own_term(self, outputs: Outputs, teacher_outputs: Outputs | None, layout: RowLayout) -> torch.Tensor:
         """Holds 2 * A^2 matrices [B, G]: the assignments, for the backward pass."""
         views = {tower: self.strong_views(outputs, tower) for tower in ("image", "text")}
-        every = {tower: [self._every_row(rows, group) for rows in views[tower]] for tower in views}
+        every = {tower: [self._every_row(rows, layout) for rows in views[tower]] for tower in views}
         numbers, scale, losses = range(self.num_views), outputs["strong_scale"], []
         for image in numbers:
             for text in numbers:
                 other_image, other_text = self.num_views - 1 - image, self.num_views - 1 - text
-                found = softmaxes(self.config, views["image"][image], views["text"][text], scale, group)
-                of_images_BG = self._assignments(views["image"][other_image], every["text"][other_text], group)
-                of_texts_BG = self._assignments(views["text"][other_text], every["image"][other_image], group)
+                found = softmaxes(self.config, views["image"][image], views["text"][text], scale, layout)
+                of_images_BG = self._assignments(views["image"][other_image], every["text"][other_text], layout.group)
+                of_texts_BG = self._assignments(views["text"][other_text], every["image"][other_image], layout.group)
                 # Cross entropy of an assignment q: log-sum-exp - sum_j q_j * logit_j, since q sums to one.
                 image_mean_BD, text_mean_BD = of_texts_BG @ every["image"][image], of_images_BG @ every["text"][text]
                 losses += [
@@ -40,12 +40,12 @@ class SwalipObjective(Cl2lObjective):
                     torch.logaddexp(found.text_off_B, found.text_positive_B)
                     - scale * (views["text"][text] * image_mean_BD).sum(1),
                 ]
-        return self.config.objective.swap_scale * mean_over_rows(torch.stack(losses).mean(0), group)
+        return self.config.objective.swap_scale * mean_over_rows(torch.stack(losses).mean(0), layout)
 
-    def _every_row(self, rows_BD: torch.Tensor, group: Any) -> torch.Tensor:
+    def _every_row(self, rows_BD: torch.Tensor, layout: RowLayout) -> torch.Tensor:
         """Collective: every rank calls."""
-        rows_GD = rows_of_all_ranks(rows_BD, group)
-        return rows_GD.detach() if has_legacy_gradients(self.config, group) else rows_GD
+        rows_GD = rows_of_all_ranks(rows_BD, layout)
+        return rows_GD.detach() if has_legacy_gradients(self.config, layout) else rows_GD
 
     @torch.no_grad()
     def _assignments(self, rows_BD: torch.Tensor, prototypes_GD: torch.Tensor, group: Any) -> torch.Tensor:

@@ -13,7 +13,7 @@ from train.models.clip_library import PreprocessCfg
 from train.models.model import TwoTowers, attention_for
 from train.models.trunk_features import dropping, encode_image, encode_text, text_blocks, tower_widths
 from train.objectives import build_objective
-from train.objectives.hidden_words import encode_and_guess
+from train.objectives.hidden_words import HiddenWords, encode_and_guess, hide_words
 from train.objectives.objective import Encoded, Objective
 from train.views import Views
 
@@ -44,14 +44,20 @@ class TowersAndHeads(TwoTowers):
         return self.objective.views
 
     def forward(self, task: str, *inputs: Any) -> Any:
-        """ENCODE images, texts -> the fields of `Encoded` as tuples. HEADS those fields without scalars, teacher's outputs -> outputs,
-        scalars, own scales by name. WHOLE images, texts, teacher's outputs -> the same and the weak image and text features.
+        """ENCODE images, texts, hidden -> the fields of `Encoded` as tuples. HEADS those fields without scalars, teacher's outputs ->
+        outputs, scalars, own scales by name. WHOLE images, texts, teacher's outputs, hidden -> the same and the weak image and text
+        features.
 
-        images: uint8 [B, 3, H, W] and texts: int64 [B, L], the weak view and the strong ones.
+        images: uint8 [B, 3, H, W] and texts: int64 [B, L], the weak view and the strong ones. hidden: `HiddenWords.tensors` of the weak
+        texts; without them an objective that hides words draws them here, and the device is waited for.
         """
         if task == ENCODE:
             return self.encode(*inputs)
-        *encoded, words, teacher = self.encode(*inputs[:2])[:5] + inputs[2:] if task == WHOLE else inputs
+        if task == WHOLE:
+            images, texts, teacher, *hidden = inputs
+            *encoded, words, _ = self.encode(images, texts, *hidden)
+        else:
+            *encoded, words, teacher = inputs
         scalars = self.scalars()
         # Not by a call: ZeRO-3's hooks would look for tensors in what is no tuple. Its parameters are gathered as the towers' own are.
         outputs = self.objective.forward(Encoded(*encoded, scalars, words), teacher)
@@ -59,11 +65,11 @@ class TowersAndHeads(TwoTowers):
             scales = {name: self.objective.scale(name) for name in self.objective.temperatures}
         return (outputs, scalars, scales, *((encoded[0][0], encoded[1][0]) if task == WHOLE else ()))
 
-    def encode(self, images: Tensors, texts: Tensors) -> tuple[Tensors, ...]:
+    def encode(self, images: Tensors, texts: Tensors, hidden: Tensors = ()) -> tuple[Tensors, ...]:
         """Image and text features, their trunks, guessed words, scalars."""
         with attention_for(images[0].device):
             image_pairs = self._encode_images(images)
-            text_pairs, words = self._encode_texts(texts)
+            text_pairs, words = self._encode_texts(texts, hidden)
         (image, image_trunk), (text, text_trunk) = (
             tuple(zip(*pairs, strict=True)) for pairs in (image_pairs, text_pairs)
         )
@@ -77,15 +83,17 @@ class TowersAndHeads(TwoTowers):
         together = self.images_at_once and len({image.shape[1:] for image in images}) == 1
         return _views_of(lambda rows: encode_image(self.clip, self._normalised(rows)), images, together=together)
 
-    def _encode_texts(self, texts: Tensors) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], Tensors]:
+    def _encode_texts(self, texts: Tensors, hidden: Tensors) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], Tensors]:
         """Each view's features and trunk, and what was guessed of the weak view's hidden words."""
 
         def encoded(rows_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return encode_text(self.clip, rows_BL)
 
         words: Tensors = ()
-        if self.objective.hidden_word_probability and self.objective.training:
-            weak, words = encode_and_guess(self.clip, self.objective, texts[0])
+        probability = self.objective.hidden_word_probability
+        if probability and self.objective.training:
+            chosen = HiddenWords(*hidden) if hidden else hide_words(texts[0], probability)
+            weak, words = encode_and_guess(self.clip, self.objective, texts[0], chosen)
         elif (self.text_dropout or self.text_drop_path) and len(texts) > 1:
             weak = encoded(texts[0])
         else:
