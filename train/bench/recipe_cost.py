@@ -166,7 +166,7 @@ class _Trainer:
         towers = build_towers(model, preprocess, config)
         self.passes = forward_passes(towers)
         teacher = Teacher(towers, towers.objective.teacher_momentum) if has_teacher(towers) else None
-        self.batches = _batches(towers, preprocess.size, config, settings["batch_size"] // ranks.world_size)
+        self.batches = _batches(towers, preprocess.size, config, ranks.world_size)
         self.engine = Engine(
             towers,
             read_ds_config(config.ds_config),
@@ -195,13 +195,13 @@ class _Trainer:
         return _resident_bytes("VmHWM") - self.before
 
 
-def _batches(towers: Any, size: int | tuple[int, int], config: TrainConfig, rows: int) -> list[Any]:
+def _batches(towers: Any, size: int | tuple[int, int], config: TrainConfig, world_size: int) -> list[Any]:
     import torch
 
     from train.data.loader import RankBatch
     from train.views import WEAK_ONLY
 
-    views = getattr(towers, "views", WEAK_ONLY)
+    views, rows = getattr(towers, "views", WEAK_ONLY), config.batch_size // world_size
     weak = (size, size) if isinstance(size, int) else tuple(size)
     strong = (config.strong_augment.size,) * 2 if config.strong_augment.size else weak
 
@@ -218,7 +218,7 @@ def _batches(towers: Any, size: int | tuple[int, int], config: TrainConfig, rows
             torch.arange(rows),
             config.batch_size,
             0,
-            rows_per_rank=(rows,) * (config.batch_size // rows),
+            rows_per_rank=(rows,) * world_size,
             strong_images=tuple(images(strong) for _ in range(views.strong_images)),
             strong_texts=tuple(texts() for _ in range(views.strong_texts)),
         )
