@@ -14,7 +14,7 @@ import os
 import shutil
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,11 +268,16 @@ def open_arrays(
     return manifest, arrays
 
 
-def verify_contents(path: str | Path, manifest: Mapping[str, Any], *, remedy: str) -> None:
-    """Read every array whole and compare its sha256 with the manifest; ValueError names the file that differs."""
+def verify_contents(
+    path: str | Path, manifest: Mapping[str, Any], *, remedy: str, tell: Callable[[int], Any] | None = None
+) -> None:
+    """Read every array whole and compare its sha256 with the manifest; ValueError names the file that differs.
+
+    `tell` is called with the number of bytes read since its last call.
+    """
     for name, description in manifest["arrays"].items():
         file = Path(path) / f"{name}.npy"
-        if describe_array(file)["sha256"] != description["sha256"]:
+        if describe_array(file, tell=tell)["sha256"] != description["sha256"]:
             raise ValueError(f"{file} does not have the bytes that its manifest was written for; {remedy}")
 
 
@@ -350,7 +355,9 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def describe_array(path: Path, num_rows: int | None = None) -> dict[str, Any]:
+def describe_array(
+    path: Path, num_rows: int | None = None, *, tell: Callable[[int], Any] | None = None
+) -> dict[str, Any]:
     """Shape, dtype and sha256 of a .npy file; with `num_rows` those of a file that holds only its first rows."""
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     shape = array.shape if num_rows is None else (num_rows, *array.shape[1:])
@@ -365,6 +372,8 @@ def describe_array(path: Path, num_rows: int | None = None) -> dict[str, Any]:
         while left and (chunk := file.read(min(left, HASH_CHUNK_BYTES))):
             digest.update(chunk)
             left -= len(chunk)
+            if tell is not None:
+                tell(len(chunk))
     return {"shape": list(shape), "dtype": str(array.dtype), "sha256": digest.hexdigest()}
 
 

@@ -5,6 +5,7 @@ and `text.npy` [N, D] float16 unit rows, `valid.npy` [N] bool, optionally `align
 groups `image_group.npy`, `caption_group.npy` [N] int32, and `manifest.json`.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,12 @@ class EmbeddingStore:
         manifest, arrays = open_arrays(path, KIND, VERSION, required=required, remedy=REMEDY)
         return cls(path, manifest, arrays)
 
-    def verify_contents(self) -> None:
-        """Read all arrays and compare them with the checksums of the manifest; ValueError names the damaged file."""
-        verify_contents(self.path, self.manifest, remedy=REMEDY)
+    def verify_contents(self, *, tell: Callable[[int], Any] | None = None) -> None:
+        """Read all arrays and compare them with the checksums of the manifest; ValueError names the damaged file.
+
+        `tell` is called with the number of bytes read since its last call.
+        """
+        verify_contents(self.path, self.manifest, remedy=REMEDY, tell=tell)
 
     @classmethod
     def write(

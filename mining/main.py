@@ -85,7 +85,7 @@ class Search:
     patience_s: float = 60.0
     """Seconds without a sign of life after which the other ranks take over a rank's blocks."""
     check_embeddings: bool = True
-    """Compare the embeddings with their checksums first (rank 0)."""
+    """Compare the embeddings with their checksums first (rank 0); if not, summary and inspect say so."""
     resume: bool = True
     """Go on with an interrupted search, keep a finished one; --no-resume starts afresh."""
 
@@ -118,7 +118,8 @@ class Append:
     patience_s: float = 60.0
     """Seconds without a sign of life after which the other ranks take over a rank's blocks."""
     check_embeddings: bool = True
-    """Compare all embeddings with their checksums first (rank 0); those of the old pairs are compared in any case."""
+    """Compare all embeddings with their checksums first (rank 0); if not, summary and inspect say so. Those of the old pairs are
+    compared in any case."""
     resume: bool = True
     """Go on with an interrupted run, keep a finished table; --no-resume starts afresh."""
 
@@ -224,11 +225,8 @@ def run_search(config: Search) -> None:
     choice = BackendChoice(**{name: getattr(config, name) for name in names})
     limits = SearchLimits(config.k, config.image_ceiling, config.text_ceiling, config.floor)
     pruning = Pruning(config.false_negative_margin, config.hub_cap)
-    store = EmbeddingStore.open(config.embeddings)
-    if place.rank == 0 and config.check_embeddings:
-        store.verify_contents()
     table = search_pairs(
-        store,
+        EmbeddingStore.open(config.embeddings),
         config.out,
         limits,
         choice=choice,
@@ -241,6 +239,7 @@ def run_search(config: Search) -> None:
         place=place,
         patience_s=config.patience_s,
         recall_rows=config.recall_sample,
+        check_embeddings=config.check_embeddings,
     )
     if place.rank == 0:
         print_result(table, config)
@@ -255,12 +254,9 @@ def run_append(config: Append) -> None:
 
     place = RankPlace.from_environment()
     share_cores(place.local_world_size)
-    old, store = PairTable.open(config.pairs), EmbeddingStore.open(config.embeddings)
-    if place.rank == 0 and config.check_embeddings:
-        store.verify_contents()
     table = append_pairs(
-        old,
-        store,
+        PairTable.open(config.pairs),
+        EmbeddingStore.open(config.embeddings),
         config.out,
         choice=BackendChoice(backend=config.backend, device=config.device),
         queries=parsed_range(config.queries),
@@ -269,6 +265,7 @@ def run_append(config: Append) -> None:
         show_progress=place.rank == 0,
         place=place,
         patience_s=config.patience_s,
+        check_embeddings=config.check_embeddings,
     )
     if place.rank == 0:
         print_result(table, config)

@@ -12,10 +12,11 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from mining.manifest import write_json_atomically
 
@@ -25,6 +26,7 @@ RANKS_FOLDER = "ranks"
 LOCK_NAME = "finish.lock"
 SIGNS_IN_PATIENCE = 6
 LONGEST_PAUSE_S = 5.0
+POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -129,15 +131,78 @@ class Meeting:
 
     def should_finish(self) -> bool:
         """No rank of lower number is there to do it."""
-        return set(range(self.place.rank)) <= set(self.silent_ranks())
+        return not self.ranks_to_finish()
+
+    def ranks_to_finish(self) -> set[int]:
+        """The ranks of lower number that are alive: the lowest of them finishes."""
+        return set(range(self.place.rank)) - set(self.silent_ranks())
+
+    def whereabouts(self, rank: int) -> str:
+        """Number, host and process, as far as the rank has told."""
+        try:
+            about = json.loads(self._file(rank).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return f"rank {rank} (not seen yet)"
+        return f"rank {rank} (process {about['process']} on {about['host']})"
+
+
+class Wait:
+    """Says what a rank waits for: when nothing has changed for as long as its patience, and then each time after twice as long."""
+
+    def __init__(self, meeting: Meeting, what: str):
+        self.meeting, self.what = meeting, what
+        self.state: object = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self.since_s, self.next_s = time.monotonic(), self.meeting.patience_s
+
+    def tell(self, ranks: Collection[int], state: object = None) -> None:
+        """`ranks`: who is waited for, alive. `state`: what shows progress."""
+        if state != self.state:
+            self.state = state
+            self._begin()
+        waited_s = time.monotonic() - self.since_s
+        if waited_s < self.next_s:
+            return
+        self.next_s = 2 * waited_s
+        place = self.meeting.place
+        whom = ", ".join(self.meeting.whereabouts(rank) for rank in sorted(ranks))
+        logger.warning(
+            "rank %d of %d has waited for %.0f s: it needs %s %s; they give signs of life, stop this run if they hang",
+            place.rank,
+            place.world_size,
+            waited_s,
+            whom,
+            self.what,
+        )
 
 
 @contextmanager
-def finishing_alone(folder: Path) -> Iterator[None]:
+def finishing_alone(folder: Path, patience_s: float) -> Iterator[None]:
     """Waits until no other process finishes this folder; the lock goes with its process, also when that is killed."""
-    with open(folder / LOCK_NAME, "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            logger.warning("%s: this file system has no locks (%s), finishing without one", folder, error)
+    # Not emptied before it is locked: it says who holds it.
+    with open(folder / LOCK_NAME, "a+", encoding="utf-8") as file:
+        since_s = told_s = time.monotonic()
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() - told_s > patience_s:
+                    told_s = time.monotonic()
+                    _tell_of_lock(file, told_s - since_s)
+                time.sleep(POLL_S)
+            except OSError as error:
+                logger.warning("%s: this file system has no locks (%s), finishing without one", folder, error)
+                break
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
         yield
+
+
+def _tell_of_lock(file: TextIO, waited_s: float) -> None:
+    file.seek(0)
+    holder = file.read() or "another process"
+    logger.warning("waited for %.0f s: %s finishes this table and holds %s", waited_s, holder, file.name)

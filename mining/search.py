@@ -19,14 +19,16 @@ from mining.append import AppendSearch, check_grown_from, parameters_of_exact_ta
 from mining.array_folder import ArrayFolderWriter, refuse_to_replace_another_folder
 from mining.backends import CLUSTERS_FOLDER, BackendChoice, chosen_device, exact_backend, make_backend
 from mining.embedding_store import EmbeddingStore
+from mining.embeddings_check import check_embeddings as compare_with_checksums
+from mining.embeddings_check import is_checked
 from mining.ledger import write_ledger
 from mining.manifest import MANIFEST_NAME
 from mining.pair_table import KIND, PairTable, array_specs, pair_table_writer
 from mining.problem import NO_PAIR, SearchBackend, SearchLimits, SearchProblem
 from mining.pruning import FalseNegativeTest, Pruning, finish_lists
-from mining.ranks import LOCK_NAME, RANKS_FOLDER, Meeting, RankPlace, finishing_alone
+from mining.ranks import LOCK_NAME, POLL_S, RANKS_FOLDER, Meeting, RankPlace, Wait, finishing_alone
 from mining.recall import measured_recall
-from mining.share import POLL_S, Share
+from mining.share import Share
 from mining.summary import SUMMARY_NAME, summarise
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,10 @@ RECALL_ROWS = 256
 
 @dataclass(frozen=True)
 class Job:
-    """One table to make: what is searched, by what, and where it goes; `old`: a table of the first pairs, to go on from."""
+    """One table to make: what is searched, by what, and where it goes; `old`: a table of the first pairs, to go on from.
+
+    check_embeddings: some process compares the embeddings with their checksums before the table is finished.
+    """
 
     store: EmbeddingStore
     out: Path
@@ -50,6 +55,7 @@ class Job:
     pruning: Pruning = field(default_factory=Pruning)
     false_negatives: FalseNegativeTest | None = None
     old: PairTable | None = None
+    check_embeddings: bool = True
 
     @classmethod
     def of(
@@ -64,6 +70,7 @@ class Job:
         *,
         recall_rows: int = RECALL_ROWS,
         old: PairTable | None = None,
+        check_embeddings: bool = True,
     ) -> "Job":
         """Checks that the store has what is asked for; ValueError otherwise."""
         refuse_to_replace_another_folder(Path(out), KIND)
@@ -79,7 +86,8 @@ class Job:
             known = None if old is None else (old.ranked_ids_NK, old.false_negative_NK)
             test = FalseNegativeTest(store, pruning.false_negative_margin, known)
         problem, device = SearchProblem.of(store, limits), chosen_device(choice, place.local_rank)
-        return cls(store, Path(out), problem, tail_N, choice, device, parameters, recall_rows, pruning, test, old)
+        what = (store, Path(out), problem, tail_N, choice, device, parameters, recall_rows, pruning, test, old)
+        return cls(*what, check_embeddings)
 
     def writer(self, *, resume: bool) -> ArrayFolderWriter:
         return pair_table_writer(
@@ -120,7 +128,7 @@ class Job:
             "noise": noise_Q,
         }
 
-    def finish(self, writer: ArrayFolderWriter, timing: dict[str, Any]) -> PairTable:
+    def finish(self, writer: ArrayFolderWriter, told: dict[str, Any]) -> PairTable:
         """Final lists, ledger, summary, measured recall, manifest, rename; one process does it."""
         finish_lists(writer, self.pruning, array_specs(len(self.store), self.problem.limits.k))
         tables = {name: writer.read_rows(name) for name in [*writer.specs, *writer.derived_specs]}
@@ -135,7 +143,7 @@ class Job:
         summary["ledger"] = write_ledger(writer.partial, tables, self.store, self.tail_N)
         if self.old is not None:
             summary["appended"] = {"old_pairs": len(self.old), "new_pairs": len(self.store) - len(self.old)}
-        summary |= {**timing, "parameters": self.parameters, "path": str(self.out)}
+        summary |= {**told, "parameters": self.parameters, "path": str(self.out)}
         writer.finish(files={SUMMARY_NAME: summary}, facts=facts, scratch=(RANKS_FOLDER, CLUSTERS_FOLDER))
         # Last: until the rename it kept others from finishing as well.
         (self.out / LOCK_NAME).unlink(missing_ok=True)
@@ -157,6 +165,7 @@ def search_pairs(
     place: RankPlace | None = None,
     patience_s: float = PATIENCE_S,
     recall_rows: int = RECALL_ROWS,
+    check_embeddings: bool = True,
 ) -> PairTable | None:
     """Find the k hard pairs of every pair of `store` and write them as the PairTable `out`.
 
@@ -167,14 +176,14 @@ def search_pairs(
     all others are there already. `block`: queries committed at a time, by default what suits the backend. `resume`: keep
     an unfinished or finished table of the same store and parameters. Every rank searches its share of the blocks, takes
     over those of ranks that gave no sign of life for `patience_s` seconds, and returns the finished table. `recall_rows`:
-    where the search is not exact, rows searched exactly to measure it; the manifest's facts hold the result. Raises
-    ValueError for parameters out of range, a device that is not there, and a quantile or a margin on a store without
-    alignment.
+    where the search is not exact, rows searched exactly to measure it; the manifest's facts hold the result.
+    `check_embeddings`: compare them with their checksums, rank 0 before it searches or else whoever finishes; the summary
+    says whether it was done. Raises ValueError for parameters out of range, a device that is not there, a quantile or a
+    margin on a store without alignment, and embeddings that are damaged.
     """
     choice, place = choice or BackendChoice(), place or RankPlace()
-    job = Job.of(
-        store, out, limits, pruning or Pruning(), noise_alignment_quantile, choice, place, recall_rows=recall_rows
-    )
+    told = {"recall_rows": recall_rows, "check_embeddings": check_embeddings}
+    job = Job.of(store, out, limits, pruning or Pruning(), noise_alignment_quantile, choice, place, **told)
     return complete(job, queries, block, resume, show_progress, place, patience_s)
 
 
@@ -190,6 +199,7 @@ def append_pairs(
     show_progress: bool = False,
     place: RankPlace | None = None,
     patience_s: float = PATIENCE_S,
+    check_embeddings: bool = True,
 ) -> PairTable | None:
     """Write the PairTable `out` of a `store` that grew: its first pairs, with the same ids, are those that `old` was made from.
 
@@ -205,7 +215,7 @@ def append_pairs(
         raise ValueError(f"{out} is the table to go on from, it is needed until the end; choose another output path")
     limits, pruning, quantile = parameters_of_exact_table(old)
     check_grown_from(store, old)
-    job = Job.of(store, out, limits, pruning, quantile, choice, place, old=old)
+    job = Job.of(store, out, limits, pruning, quantile, choice, place, old=old, check_embeddings=check_embeddings)
     return complete(job, queries, block, resume, show_progress, place, patience_s)
 
 
@@ -271,6 +281,9 @@ def run_job(
         return finished
     num_done = int(writer.rows_done.sum())
     with Meeting(writer.partial, place, patience_s) as meeting:
+        # Here, where it gives signs of life: of a large store this takes longer than the patience of the others.
+        if job.check_embeddings and place.rank == 0:
+            compare_with_checksums(job.store, meeting.folder, show_progress=show_progress)
         searcher = make_backend(job.choice, job.problem, job.device, writer.partial, show_progress=show_progress)
         if job.old is not None:
             searcher = AppendSearch(job.problem, searcher, job.old)
@@ -282,16 +295,24 @@ def run_job(
             share.search_abandoned()
         if not writer.refresh().all():
             return None
+        wait = Wait(meeting, "that is to finish the table")
         while not meeting.should_finish():
             if finished := job.finished():
                 return finished
+            wait.tell(meeting.ranks_to_finish())
             time.sleep(POLL_S)
-        with finishing_alone(writer.partial):
+        with finishing_alone(writer.partial, patience_s):
             # Started afresh, a table that is there already is the one to replace.
             if resume and (finished := job.finished()):
                 return finished
-            seconds = round(time.monotonic() - started_s, 3)
-            return job.finish(writer, {"seconds": seconds, "num_searched": len(job.store) - num_done})
+            if job.check_embeddings and not is_checked(meeting.folder):
+                compare_with_checksums(job.store, meeting.folder, show_progress=show_progress)
+            told = {
+                "seconds": round(time.monotonic() - started_s, 3),
+                "num_searched": len(job.store) - num_done,
+                "embeddings_checked": is_checked(meeting.folder),
+            }
+            return job.finish(writer, told)
 
 
 def queries_within(queries: range | None, num_pairs: int) -> range:

@@ -12,11 +12,10 @@ import numpy as np
 from tqdm import tqdm
 
 from mining.array_folder import ArrayFolderWriter
-from mining.ranks import Meeting
+from mining.ranks import POLL_S, Meeting, Wait
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 0.5
 # From pair ids (int64 [Q]) to their rows of every array.
 SearchRows = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 
@@ -60,6 +59,7 @@ class Share:
     def search_abandoned(self) -> None:
         """Return once all rows are on disk: searched by their ranks, or here where a rank is not at work any more."""
         place, told = self.meeting.place, set()
+        wait = Wait(self.meeting, "whose blocks are not searched yet")
         while True:
             rows_done = self.writer.refresh()
             if not self.writer.partial.is_dir():
@@ -72,6 +72,7 @@ class Share:
             at_work = self.meeting.ranks_at_work()
             abandoned = [number for number in missing if number % place.world_size not in at_work]
             if not abandoned:
+                wait.tell({number % place.world_size for number in missing}, len(missing))
                 time.sleep(POLL_S)
                 continue
             owners = {number % place.world_size for number in abandoned} - {place.rank}

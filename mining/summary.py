@@ -90,6 +90,7 @@ def summary_text(summary: Mapping[str, Any], *, with_details: bool = False) -> s
         f"coverage         {share(coverage['with_a_hard_pair'], pairs)} have a hard pair, "
         f"{share(coverage['with_k_hard_pairs'], pairs)} have all {summary['k']}",
         f"exact            {share(summary['certified'], pairs)} certified",
+        *unchecked_lines(summary),
         f"left out         {excluded['total']:,} duplicates of {excluded['pairs_with_excluded']:,} pairs ({causes})",
         *dropped_lines(summary),
         f"noise anchors    {share(noise['total'], pairs)}: nothing agrees {noise['nothing_agrees']:,}, "
@@ -115,6 +116,17 @@ def appended_lines(summary: Mapping[str, Any]) -> list[str]:
     old, new = summary["appended"]["old_pairs"], summary["appended"]["new_pairs"]
     work = (old * new + new * (old + new)) / max(1, (old + new) ** 2)
     return [f"appended         {new:,} new pairs to {old:,}: {100 * work:.1f} % of the products of a whole search"]
+
+
+def unchecked_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What the certificates take for granted, where nobody looked."""
+    if summary.get("embeddings_checked", True):
+        return []
+    which = "embeddings of the new pairs" if "appended" in summary else "embeddings"
+    return [
+        f"NOT CHECKED      whether the {which} have the bytes of their checksums (--no-check-embeddings): certified is what follows "
+        "from the bytes that were read"
+    ]
 
 
 def dropped_lines(summary: Mapping[str, Any]) -> list[str]:

@@ -58,6 +58,22 @@ def test_search_again_says_that_it_is_complete(tmp_path, capsys):
     assert "is complete already" not in call(capsys, *arguments, "--no-resume")[2]
 
 
+def test_embeddings_that_were_not_compared_with_their_checksums_are_said_to_be_so(tmp_path, capsys):
+    random_store(tmp_path / "e", 20)
+    arguments = ("search", "--embeddings", tmp_path / "e", "--k", 2, "--out")
+    for name, flags in (("checked", ()), ("unchecked", ("--no-check-embeddings",))):
+        shown = call(capsys, *arguments, tmp_path / name, *flags)[1]
+        shown_again = call(capsys, "inspect", "--pairs", tmp_path / name)[1]
+        for text in (shown, shown_again):
+            assert "20 (100.0 %) certified" in text
+            assert ("NOT CHECKED      whether the embeddings have the bytes" in text) == (name == "unchecked")
+        assert json.loads((tmp_path / name / "summary.json").read_text())["embeddings_checked"] == (name == "checked")
+    # Of an appended table the old rows are compared in any case.
+    summary = json.loads((tmp_path / "unchecked" / "summary.json").read_text())
+    summary["appended"] = {"old_pairs": 15, "new_pairs": 5}
+    assert "NOT CHECKED      whether the embeddings of the new pairs have" in summary_text(summary)
+
+
 def test_faiss_backend_is_reached_by_its_flag(tmp_path, capsys):
     random_store(tmp_path / "e", 60)
     arguments = ("search", "--embeddings", tmp_path / "e", "--out", tmp_path / "p", "--backend", "faiss")

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,9 +19,10 @@ import mining.share
 from mining import EmbeddingStore, PairTable
 from mining.problem import SearchLimits
 from mining.pruning import Pruning
-from mining.ranks import Meeting, RankPlace
+from mining.ranks import Meeting, RankPlace, Wait, finishing_alone
 from mining.reference import ReferenceSearch
 from mining.search import search_pairs
+from mining.summary import read_summary
 from tests.embeddings import array_bytes, random_store
 from tests.tiny_world import deepspeed, program
 
@@ -307,6 +309,56 @@ def test_a_rank_is_at_work_until_it_says_otherwise_or_falls_silent(tmp_path):
         assert mine.silent_ranks() == [1, 2]
         assert mine.ranks_at_work() == set()
         assert mine.should_finish()
+
+
+def test_a_rank_that_waits_says_for_whom_and_again_only_after_twice_as_long(tmp_path, caplog):
+    with Meeting(tmp_path, RankPlace(0, 3), 0.1), Meeting(tmp_path, RankPlace(2, 3), 0.1) as mine:
+        wait = Wait(mine, "to be done")
+        wait.tell({0, 1}, state=7)
+        assert caplog.messages == []
+        for _ in range(3):
+            time.sleep(0.11)
+            wait.tell({0, 1}, state=7)
+        assert len(caplog.messages) == 2
+        assert re.fullmatch(
+            rf"rank 2 of 3 has waited for 0 s: it needs rank 0 \(process {os.getpid()} on .*\), rank 1 \(not seen yet\) to be done; .*",
+            caplog.messages[0],
+        )
+        # Progress.
+        wait.tell({0, 1}, state=6)
+        assert len(caplog.messages) == 2
+
+
+def test_who_waits_for_the_lock_says_who_holds_it(tmp_path, caplog):
+    holds, let_go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with finishing_alone(tmp_path, 60.0):
+            holds.set()
+            let_go.wait(30)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert holds.wait(30)
+    threading.Timer(1.0, let_go.set).start()
+    with finishing_alone(tmp_path, 0.1):
+        assert f"process {os.getpid()} on " in caplog.messages[0]
+        assert "finishes this table and holds" in caplog.messages[0]
+    holder.join()
+
+
+def test_a_rank_that_finishes_in_place_of_one_that_never_came_checks_the_embeddings(tmp_path):
+    store = random_store(tmp_path / "store", 40)
+    with open(tmp_path / "store" / "text.npy", "r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(b"\1\0")
+    keywords = {"place": RankPlace(1, 2), "patience_s": 0.2}
+    with pytest.raises(ValueError, match=r"text\.npy does not have the bytes"):
+        search_pairs(store, tmp_path / "pairs", LIMITS, **keywords)
+    assert not (tmp_path / "pairs").exists()
+    # Its rows are there, so that somebody who knows better may have the table.
+    search_pairs(store, tmp_path / "pairs", LIMITS, **keywords, check_embeddings=False)
+    assert not read_summary(tmp_path / "pairs")["embeddings_checked"]
 
 
 def test_signs_of_an_earlier_run_say_nothing_about_a_rank_that_is_starting(tmp_path):
