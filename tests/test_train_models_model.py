@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -162,6 +163,16 @@ def test_one_file_under_two_activations_has_two_hashes(saved, tmp_path):
     assert not torch.equal(gelu.model.encode_text(tokens), quick.model.encode_text(tokens))
     assert gelu.checkpoint_hash != quick.checkpoint_hash
     assert load_model(file, name=str(tmp_path / "quick.json")).checkpoint_hash == quick.checkpoint_hash
+
+
+def test_a_big_vision_file_of_another_architecture_is_refused(tmp_path):
+    np.savez(tmp_path / "file.npz", params=np.zeros(3))
+    for load in (
+        lambda path, name: load_model(path, name=name),
+        lambda path, name: build_model(ModelConfig(name, str(path))),
+    ):
+        with pytest.raises(ValueError, match=r"file\.npz is not what big_vision writes for pocket-rn .*--model_name"):
+            load(tmp_path / "file.npz", "pocket-rn")
 
 
 def test_our_model_configs_are_open_clip_configs():

@@ -160,4 +160,12 @@ def load_by_open_clip(config: ModelConfig) -> tuple[torch.nn.Module, PreprocessC
         raise ValueError(
             f"model.pretrained={config.pretrained!r} can't be loaded into {config.name}: {error}"
         ) from error
+    except (AttributeError, KeyError) as error:
+        if Path(config.pretrained).suffix not in OPEN_CLIP_ONLY:
+            raise
+        # open_clip takes big_vision's layers one by one, and looks at neither side before.
+        raise ValueError(
+            f"model.pretrained={config.pretrained} is not what big_vision writes for {config.name} ({error}); name the architecture that it "
+            "was trained as (--model.name, --model_name), one of open_clip's SigLIP models"
+        ) from error
     return model, PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))

@@ -102,7 +102,9 @@ def _reason(error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    # A missing key alone says nothing to people.
+    text = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
+    return (text.splitlines() or [type(error).__name__])[0]
 
 
 def _without_prefixes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
