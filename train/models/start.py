@@ -43,6 +43,8 @@ def resolve(config: ModelConfig) -> ModelConfig:
         check_tag(config)
         return config
     if path.suffix in OPEN_CLIP_ONLY:
+        # Raises for a name that is none.
+        architecture(config.name)
         return config
     if path.is_dir():
         return replace(config, name=name_of_folder(path, config.name))
@@ -165,7 +167,7 @@ def load_by_open_clip(config: ModelConfig) -> tuple[torch.nn.Module, PreprocessC
             raise
         # open_clip takes big_vision's layers one by one, and looks at neither side before.
         raise ValueError(
-            f"model.pretrained={config.pretrained} is not what big_vision writes for {config.name} ({error}); name the architecture that it "
-            "was trained as (--model.name, --model_name), one of open_clip's SigLIP models"
+            f"model.pretrained={config.pretrained} is not what big_vision writes for {config.name} ({error}); name the architecture "
+            "that it was trained as (--model.name, --model_name), one of open_clip's SigLIP models"
         ) from error
     return model, PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
