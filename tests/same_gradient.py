@@ -56,10 +56,13 @@ class Cell:
     clip_norm: float = 0.0
     dropout: bool = False
     """patch dropout, dropout and stochastic depth in the image tower"""
+    overlaps: bool = False
+    """DeepSpeed reduces gradients in buckets during the backward pass"""
 
     def __str__(self) -> str:
         extras = [self.locked and f"locked-{self.locked}", self.grad_checkpointing and "checkpointing"]
         extras += [self.clip_norm and f"clip-{self.clip_norm}", self.dropout and "dropout"]
+        extras += [self.overlaps and "overlapping"]
         names = [f"zero{self.stage}", self.precision, f"offload-{self.offload}", f"{self.num_micro_batches}-micro"]
         return " ".join([*names, f"world-{self.world_size}", self.loss, *(extra for extra in extras if extra)])
 
@@ -78,6 +81,8 @@ class Cell:
         if self.stage == 3:
             # DeepSpeed leaves small weights whole; here each one is sharded, the temperature of one element too.
             zero["stage3_param_persistence_threshold"] = 0
+        if self.overlaps:
+            zero["overlap_comm"] = True
         config: dict[str, Any] = {"zero_optimization": zero}
         if self.offload == "cpu":
             zero["offload_optimizer"] = {"device": "cpu"}

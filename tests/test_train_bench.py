@@ -22,15 +22,20 @@ def test_ratios_are_of_medians_and_of_rounds():
     # 0.909, 1.2, 0.9
     assert found["median_of_ratios"] == pytest.approx(100 / 110)
     assert found["median_step_ms"] == {"ours": 500.0, "bare_loop": 500.0}
+    assert found["beside"] == {}
+    # 2, 1.2, 0.9
+    third = part_report({**rates, "bare_deepspeed": [50.0, 100.0, 100.0]}, "bare_loop", {}, 50)["beside"]
+    assert third == {"bare_deepspeed": {"ratio_of_medians": pytest.approx(1.0), "median_of_ratios": pytest.approx(1.2)}}
 
 
 def test_the_report_has_no_paths_and_its_text_names_both():
     where = {"step_ms": 10.0, "forward_ms": 4.0, "slowest_data_wait_ms": 9.0}
-    rounds = {"memory": {"ours": [99.0], "bare_loop": [100.0]}}
+    rounds = {"memory": {"ours": [99.0], "bare_loop": [100.0], "bare_deepspeed": [90.0]}}
     report = make_report(rounds, {"memory": where}, BenchConfig(shards=("/secret/a.tar",)))
     assert "/secret" not in json.dumps(report)
     text = describe(report)
     assert "ours / bare_loop: 0.990 (median of rounds 0.990)" in text
+    assert "ours / bare_deepspeed: 1.100 (median of rounds 1.100)" in text
     assert "our step, ms: step 10.0, forward 4.0\n" in text + "\n"
 
 
@@ -71,7 +76,7 @@ def test_every_contender_trains_on_one_rank(tmp_path, monkeypatch):
     contenders.main(str(tmp_path / "settings.json"), str(tmp_path / "result.json"))
     found = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     assert {part: sorted(rates) for part, rates in found["rounds"].items()} == {
-        "memory": ["bare_loop", "ours"],
+        "memory": ["bare_deepspeed", "bare_loop", "ours"],
         "tars": ["open_clip", "ours"],
     }
     assert all(rate > 0 for rates in found["rounds"].values() for rounds in rates.values() for rate in rounds)

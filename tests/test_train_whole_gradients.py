@@ -1,15 +1,17 @@
-"""ZeRO-0's gradients: clipped as torch clips, a step that is not finite left out on the device; what a step asks of the device."""
+"""Gradients clipped as torch clips, a step that is not finite left out on the device; what a step asks of the device at each ZeRO stage."""
 
+import math
 import os
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from tests.host_reads import Reads
 from tests.ranks import run_on_ranks
-from tests.same_gradient import NUM_ROWS, Cell, global_batches, tiny_model
+from tests.same_gradient import NUM_ROWS, Cell, global_batches, tiny_model, whole_weights
 from train.config import OptimConfig, TrainConfig
 from train.whole_gradients import WholeGradients
 
@@ -63,6 +65,7 @@ def test_a_gradient_that_is_not_finite_changes_neither_weights_nor_moments_nor_t
 
 
 def reads_of_a_step(rank: int, world_size: int, cells: list[Cell]) -> list[list[str]]:
+    """What a step of each cell reads; after it, one whose gradients are not finite has to leave the weights as they are."""
     from train.data.loader import RankBatch
     from train.distributed import Ranks
     from train.engine import Engine
@@ -92,20 +95,60 @@ def reads_of_a_step(rank: int, world_size: int, cells: list[Cell]) -> list[list[
         with Reads() as reads:
             train_step(engine, cell.train_config(), batch, optim.lr)
         found.append(reads.found)
+        if cell.stage == 3 and cell.offload == "none":
+            # The number of the host that DeepSpeed looks at in the norm's place.
+            assert engine.optimizer._get_norm_groups() == [0.0]
+        if cell.num_micro_batches == 1:
+            assert_left_out(engine, batch, optim.lr, str(cell))
         engine.close()
     return found
 
 
+def assert_left_out(engine: Any, batch: Any, rate: float, where: str) -> None:
+    before = whole_weights(engine)
+    image_BD, *_ = engine.forward(batch.image_BCHW, batch.text_BL)
+    taken = engine.backward_and_step(image_BD.sum() * float("inf"), rate)
+    assert not taken, where
+    assert not math.isfinite(engine.gradient_norm()), where
+    after = whole_weights(engine)
+    assert all(torch.equal(before[name], after[name]) for name in before), where
+
+
 @pytest.mark.slow
-def test_a_step_reads_nothing_from_the_device_at_zero_0_and_once_with_sharded_states():
+def test_a_step_reads_nothing_from_the_device_unless_the_optimizer_is_on_the_host():
     whole = Cell(0, "autocast", "none", 1, 1, "contrastive", clip_norm=1.0)
     cells = [whole, replace(whole, num_micro_batches=4), replace(whole, loss="sigmoid"), replace(whole, loss="hnml")]
-    cells += [Cell(stage, "autocast", "none", 1, 1, "contrastive") for stage in (1, 2, 3)]
-    found = run_on_ranks(reads_of_a_step, 1, cells)[0]
-    assert found[:4] == [[], [], [], []]
-    # DeepSpeed's look at the norm decides there whether to step; it also makes tensors of numbers of its own.
-    read = [[name for name in reads if not name.startswith("lift_fresh")] for reads in found[4:]]
-    assert [len(reads) for reads in read] == [1, 1, 1], found
+    cells += [replace(whole, stage=1), replace(whole, stage=1, overlaps=True), replace(whole, stage=2)]
+    cells += [replace(whole, stage=stage, precision="bf16") for stage in (1, 2)]
+    assert run_on_ranks(reads_of_a_step, 1, cells)[0] == [[]] * len(cells)
+
+
+@pytest.mark.slow
+def test_what_deepspeed_reads_in_a_step_is_what_the_readme_says():
+    """ds_configs/README.md, "What the host waits for"."""
+    sharded = Cell(3, "fp32", "none", 1, 1, "contrastive", clip_norm=1.0)
+    cells = [sharded, replace(sharded, offload="cpu"), replace(sharded, stage=2, offload="cpu", clip_norm=0.0)]
+    num_weights = len(list(tiny_model(sharded).parameters()))
+    # At ZeRO-3 of its own number, which the host has already; with offload of every group's norm, and at ZeRO 1 and 2 of every gradient.
+    assert [len(reads) for reads in run_on_ranks(reads_of_a_step, 1, cells)[0]] == [1, 3, 2 * num_weights + 3]
+
+
+def shares_of_a_sum(rank: int, world_size: int, backend: str) -> list[list[float]]:
+    from train import distributed
+
+    distributed.dist.get_backend = lambda: backend
+    rows = torch.arange(12.0) * 10**rank
+    parts = rows.split([8, 4])
+    owned = [part.view(world_size, -1)[rank] for part in parts]
+    distributed.add_to_owners(rows, parts, owned)
+    return [own.tolist() for own in owned]
+
+
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_every_rank_gets_the_sum_of_its_share_of_each_part(backend):
+    first, last = run_on_ranks(shares_of_a_sum, 2, backend)
+    assert first == [[0, 11, 22, 33], [88, 99]]
+    assert last == [[44, 55, 66, 77], [110, 121]]
 
 
 def same_flags(rank: int, world_size: int, other: str) -> str:

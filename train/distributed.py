@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -196,6 +196,19 @@ def sum_of_tensor(rows: torch.Tensor) -> torch.Tensor:
 def add_over_ranks(rows: torch.Tensor) -> None:
     """Make of a tensor the sum over ranks, in place. Collective: every rank calls."""
     dist.all_reduce(rows)
+
+
+def add_to_owners(rows: torch.Tensor, parts: Sequence[torch.Tensor], owned: Sequence[torch.Tensor]) -> None:
+    """Make of `owned`, this rank's equal share of each of `parts`, the sums over ranks, in place.
+
+    parts: `rows` in pieces; what else they hold is undefined afterwards. Collective: every rank calls.
+    """
+    if dist.get_backend() == "gloo":
+        # Its reduce-scatter is this, of a copy.
+        dist.all_reduce(rows)
+        return
+    for part, own in zip(parts, owned, strict=True):
+        dist.reduce_scatter_tensor(own, part)
 
 
 def summed_over_ranks(

@@ -75,6 +75,8 @@ SECTION_KEYS = {
     },
 }
 PRECISIONS = ("bf16", "fp16", "torch_autocast")
+# What a JSON may ask of the reduction of gradients, beside zero_optimization.overlap_comm.
+REDUCTION_KEYS = ("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "sparse_gradients")
 OFFLOAD_DEVICES = ("none", "cpu", "nvme")
 
 
@@ -136,6 +138,41 @@ def offload_device(config: dict[str, Any], what: str) -> str:
 def precision(config: dict[str, Any]) -> str:
     """bf16, fp16 (weights of 16 bit over fp32 masters), torch_autocast (fp32 weights), or fp32."""
     return next((name for name in PRECISIONS if config.get(name, {}).get("enabled")), "fp32")
+
+
+def decides_on_device(config: dict[str, Any]) -> bool:
+    """Can a step be taken or left out without the host's reading of the gradient's norm?
+
+    Not when the optimizer's states are the host's, when a loss scale follows the gradients (float16), or with DeepSpeed's optimizers for
+    gradients of another precision than the weights'.
+    """
+    offloads = any(offload_device(config, what) != "none" for what in ("optimizer", "param"))
+    autocast = config.get("torch_autocast", {})
+    scales = precision(config) == "fp16" or (autocast.get("enabled") and autocast.get("dtype") in ("fp16", "float16"))
+    return not offloads and not scales and "data_types" not in config
+
+
+def reduces_whole(config: dict[str, Any]) -> bool:
+    """Are gradients summed over the ranks in one piece, behind the last backward pass, and not by DeepSpeed, in buckets?
+
+    At ZeRO-0, and at ZeRO-1 unless the JSON asks for something else: reductions beside the backward pass, or in another precision.
+    """
+    if zero_stage(config) != 1:
+        return zero_stage(config) == 0
+    asked = any(config.get(key) for key in REDUCTION_KEYS) or config["zero_optimization"].get("overlap_comm")
+    return decides_on_device(config) and not asked
+
+
+def without_host_reads(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """The JSON, with DeepSpeed's own looks at the gradients left out that the engine does on the device."""
+    if zero_stage(ds_config) not in (1, 2) or not decides_on_device(ds_config):
+        return ds_config
+    zero = {**ds_config["zero_optimization"], "compute_grad_norm": False}
+    if reduces_whole(ds_config):
+        # No hooks that fill buckets.
+        zero |= {"overlap_comm": False, "contiguous_gradients": False}
+    bf16 = {"bf16": {**ds_config["bf16"], "check_grad_overflow": False}} if precision(ds_config) == "bf16" else {}
+    return {**ds_config, "zero_optimization": zero, **bf16}
 
 
 def check_regime(config: dict[str, Any]) -> None:

@@ -21,14 +21,22 @@ from train.checkpoints.tensor_files import PieceFiles, piece_key
 from train.checkpoints.training_state import BUFFER, WEIGHT, Moments, TrainingState, own_range, tensor_shapes
 from train.config import OptimConfig
 from train.distributed import Ranks
-from train.ds_config import check_regime, offload_device, precision, zero_stage
+from train.ds_config import (
+    check_regime,
+    decides_on_device,
+    offload_device,
+    precision,
+    reduces_whole,
+    without_host_reads,
+)
 from train.models.architecture import quiet_root_logger
 from train.models.model import SCALARS, attention_for
 from train.models.running_statistics import statistics_of_first_pass
 from train.objectives.teacher import Teacher
 from train.schedule import parameter_groups
+from train.sharded_gradients import ShardedGradients
 from train.supervision.phases import BACKWARD, FORWARD, REDUCE, STEP, Phases, book_reductions
-from train.whole_gradients import WholeGradients
+from train.whole_gradients import OwnedGradients, WholeGradients
 
 
 def check_zero_section(path: str | Path, ds_config: dict[str, Any]) -> None:
@@ -96,61 +104,22 @@ class Engine:
     ) -> None:
         check_regime(ds_config)
         check_offload(ds_config, ranks.device.type)
-        with quiet_deepspeed():
-            import deepspeed
-
-            with without_compiler():
-                from deepspeed.runtime.zero.muon import original_muon  # noqa: F401
-
-            # Its shared-memory all-reduce serves inference alone; here it would only cost a compiler, 20 s to build, and 69 MB of
-            # /dev/shm for each rank that stay behind.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-            # DeepSpeed calls some of torch's collectives by their old names, and every rank would say so.
-            warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-            compiled_adam = uses_deepspeed_adam(ds_config, ranks.device.type)
-            self.config = {
-                **ds_config,
-                # DeepSpeed wants these; batches here differ by a group at most, and one step is one backward.
-                "train_batch_size": -(-batch_size // ranks.world_size) * ranks.world_size,
-                "train_micro_batch_size_per_gpu": -(-batch_size // ranks.world_size),
-                "gradient_accumulation_steps": 1,
-                # At ZeRO-0 `WholeGradients` clips.
-                "gradient_clipping": optim.grad_clip_norm if zero_stage(ds_config) else 0.0,
-                "steps_per_print": 2**31,
-                # It would wait for the device at both ends of every step; `StepClock` tells the throughput.
-                "timers": {"throughput": {"enabled": False}},
-                "optimizer": {
-                    "type": "AdamW",
-                    "params": {
-                        "lr": optim.lr,
-                        "betas": [optim.beta1, optim.beta2],
-                        "eps": optim.eps,
-                        # One pass over memory instead of a dozen.
-                        **({"torch_adam": False} if compiled_adam else {"torch_adam": True, "fused": True}),
-                    },
-                },
-            }
-            # DeepSpeed makes the fp32 masters of 16-bit weights from the rounded weights.
-            rounds = precision(ds_config) in ("bf16", "fp16")
-            exact = {name: weight.detach().clone() for name, weight in module.named_parameters()} if rounds else {}
-            self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=module,
-                model_parameters=parameter_groups(module.named_parameters(), optim.wd),
-                config=self.config,
-                dist_init_required=False,
-            )
+        self.config = {
+            **without_host_reads(ds_config),
+            **deepspeed_config(ds_config, optim, batch_size, ranks),
+            "gradient_clipping": 0.0 if decides_on_device(ds_config) else optim.grad_clip_norm,
+            # It would wait for the device at both ends of every step; `StepClock` tells the throughput.
+            "timers": {"throughput": {"enabled": False}},
+        }
+        # DeepSpeed makes the fp32 masters of 16-bit weights from the rounded weights.
+        rounds = precision(ds_config) in ("bf16", "fp16")
+        exact = {name: weight.detach().clone() for name, weight in module.named_parameters()} if rounds else {}
+        self.engine, self.optimizer = initialize_deepspeed(module, self.config, optim)
         self.phases = phases or Phases(ranks.device)
         book_reductions(self.engine, self.phases)
         self.device = ranks.device
         self.stage = self.engine.zero_optimization_stage()
-        self.whole_gradients = None
-        if self.stage == 0:
-            # DeepSpeed's own way copies them into one piece and back, and steps with what is not finite.
-            self.whole_gradients = WholeGradients(module, self.optimizer, optim.grad_clip_norm)
-            self.engine.enable_backward_allreduce = False
-        if self.stage in (1, 2) and not rounds and self.optimizer.compute_grad_norm and not self.optimizer.cpu_offload:
-            # DeepSpeed refuses a norm that is not finite just as well: another pass, reduction and wait would say nothing new.
-            self.optimizer.check_grad_overflow = False
+        self.gradients = self._gradients(ds_config, optim.grad_clip_norm, ranks)
         self.max_log_scale = math.log(optim.max_logit_scale)
         self.world_size, self.rank = ranks.world_size, ranks.rank
         self.rounds_weights = self.module.clip.logit_scale.dtype != torch.float32
@@ -162,6 +131,19 @@ class Engine:
             autocast = self.engine.torch_autocast_dtype() if self.engine.torch_autocast_enabled() else None
             dtype = self.module.clip.logit_scale.dtype
             teacher.follow(self.state, dtype=dtype, device=self.device, autocast=autocast)
+
+    def _gradients(
+        self, ds_config: dict[str, Any], max_norm: float, ranks: Ranks
+    ) -> WholeGradients | OwnedGradients | ShardedGradients | None:
+        """What clips and judges the gradients in DeepSpeed's place, and reduces them; None: DeepSpeed does it all."""
+        if not decides_on_device(ds_config):
+            return None
+        if not reduces_whole(ds_config):
+            return ShardedGradients(self.optimizer, max_norm, ranks.device)
+        self.engine.enable_backward_allreduce = False
+        if self.stage:
+            return OwnedGradients(self.optimizer, max_norm, rank=ranks.rank, world_size=ranks.world_size)
+        return WholeGradients(self.engine.module, self.optimizer, max_norm)
 
     def forward(self, image_BCHW: torch.Tensor, text_BL: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What `TwoTowers` gives."""
@@ -198,7 +180,7 @@ class Engine:
         """
         # ZeRO would reduce after every backward. Under DeepSpeed's 16-bit wrappers the boundary holds it back instead, and has to be
         # known before the forward.
-        coalesces = hasattr(self.engine.optimizer, "_coalesce_grad_reduction")
+        coalesces = not self._reduces_once and hasattr(self.engine.optimizer, "_coalesce_grad_reduction")
         with (
             self.phases(BACKWARD),
             self._reducing_whole(),
@@ -211,28 +193,32 @@ class Engine:
         with self.phases(STEP):
             return self._step(learning_rate)
 
+    @property
+    def _reduces_once(self) -> bool:
+        return self.gradients is not None and self.gradients.reduces_once
+
     @contextlib.contextmanager
     def _reducing_whole(self) -> Iterator[None]:
-        """At ZeRO-0: gradients of the backward passes inside are summed, over the ranks, too, at the end. ZeRO does it itself."""
-        if self.whole_gradients is not None:
-            self.whole_gradients.clear()
+        """Gradients of the backward passes inside are summed, over the ranks, too, at the end, unless DeepSpeed does it."""
+        if self._reduces_once:
+            self.gradients.clear()
         yield
-        if self.whole_gradients is not None:
+        if self._reduces_once:
             with self.phases(REDUCE):
-                self.whole_gradients.add_over_ranks()
+                self.gradients.add_over_ranks()
 
     def _backward(self, loss: torch.Tensor) -> None:
         # Activation checkpointing runs parts of the forward again in here: by the same attention, and counting no batch twice.
         with attention_for(self.device), statistics_of_first_pass(self.module):
-            self.engine.backward(loss if self.whole_gradients is None else loss / self.world_size)
+            self.engine.backward(loss / self.world_size if self._reduces_once else loss)
 
     def _step(self, learning_rate: float) -> torch.Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        taken = self.whole_gradients.judge() if self.whole_gradients is not None else None
+        taken = self.gradients.judge() if self.gradients is not None else None
         self.engine.step()
         if taken is None:
-            # ZeRO has waited for the device to decide that.
+            # DeepSpeed has waited for the device to decide that.
             taken = torch.full((), self.engine.was_step_applied(), device=self.device)
             if not self.engine.was_step_applied():
                 return taken
@@ -244,7 +230,7 @@ class Engine:
 
     def gradient_norm(self) -> float:
         """Global norm of the gradient of the last step, before clipping; infinite or NaN when a gradient was not finite."""
-        return float(self.engine.get_global_grad_norm() if self.whole_gradients is None else self.whole_gradients.norm)
+        return float(self.engine.get_global_grad_norm() if self.gradients is None else self.gradients.norm)
 
     def _owners(self) -> list[tuple[torch.nn.Module, dict[str, torch.Tensor], tuple[str, ...]]]:
         """Who has parameters of one number that 16 bit would round too far: module, where it looks for their exact values, their names."""
@@ -346,6 +332,52 @@ class Engine:
 
     def close(self) -> None:
         self.engine.destroy()
+
+
+def deepspeed_config(ds_config: dict[str, Any], optim: OptimConfig, batch_size: int, ranks: Ranks) -> dict[str, Any]:
+    """What DeepSpeed wants to know beside the JSON: sizes, and AdamW."""
+    compiled_adam = uses_deepspeed_adam(ds_config, ranks.device.type)
+    rows = -(-batch_size // ranks.world_size)
+    return {
+        # Batches here differ by a group at most, and one step is one backward.
+        "train_batch_size": rows * ranks.world_size,
+        "train_micro_batch_size_per_gpu": rows,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optim.grad_clip_norm,
+        "steps_per_print": 2**31,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": optim.lr,
+                "betas": [optim.beta1, optim.beta2],
+                "eps": optim.eps,
+                # One pass over memory instead of a dozen.
+                **({"torch_adam": False} if compiled_adam else {"torch_adam": True, "fused": True}),
+            },
+        },
+    }
+
+
+def initialize_deepspeed(module: torch.nn.Module, config: dict[str, Any], optim: OptimConfig) -> tuple[Any, Any]:
+    """DeepSpeed's engine and optimizer for the trained parameters of `module`. Collective: every rank calls."""
+    with quiet_deepspeed():
+        import deepspeed
+
+        with without_compiler():
+            from deepspeed.runtime.zero.muon import original_muon  # noqa: F401
+
+        # Its shared-memory all-reduce serves inference alone; here it would only cost a compiler, 20 s to build, and 69 MB of
+        # /dev/shm for each rank that stay behind.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # DeepSpeed calls some of torch's collectives by their old names, and every rank would say so.
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+        engine, optimizer, _, _ = deepspeed.initialize(
+            model=module,
+            model_parameters=parameter_groups(module.named_parameters(), optim.wd),
+            config=config,
+            dist_init_required=False,
+        )
+    return engine, optimizer
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""`python -m train.bench`: our trainer against a bare DDP loop and against open_clip's trainer; what each method costs."""
+"""`python -m train.bench`: our trainer against bare loops and against open_clip's trainer; what each method costs."""
 
 import json
 import statistics
@@ -19,7 +19,7 @@ PROGRAM = "python -m train.bench"
 DESCRIPTION = f"""Pairs a second of our trainer and of others, in turn, with medians.
 
   memory   against the bare loop: the same model, the same batches in memory, DistributedDataParallel, torch's
-           fused AdamW
+           fused AdamW; and where the JSON shards, beside bare DeepSpeed with that JSON
   tars     against open_clip_train's train_one_epoch: the same model, the same tars, its own data pipeline
   checkpoint   ours alone: how long a step waits for a save's snapshot, and what the writing adds to the steps beside it
 
@@ -134,15 +134,22 @@ def make_report(
 
 
 def part_report(rates: dict[str, list[float]], peer: str, where: dict[str, float], batch_size: int) -> dict[str, Any]:
-    """ratio: ours to the peer's; above 1 ours is faster. Both of medians, and the median of each round's."""
+    """ratio: ours to the peer's; above 1 ours is faster. Both of medians, and the median of each round's; beside: to other peers'."""
     medians = {name: statistics.median(some) for name, some in rates.items()}
     return {
         "pairs_per_s": rates,
         "median_pairs_per_s": medians,
         "median_step_ms": {name: 1000 * batch_size / median for name, median in medians.items()},
-        "ratio_of_medians": medians["ours"] / medians[peer],
-        "median_of_ratios": statistics.median(a / b for a, b in zip(rates["ours"], rates[peer], strict=True)),
+        **ratios(rates, peer),
+        "beside": {name: ratios(rates, name) for name in rates if name not in ("ours", peer)},
         "ours_ms_a_step": where,
+    }
+
+
+def ratios(rates: dict[str, list[float]], peer: str) -> dict[str, float]:
+    return {
+        "ratio_of_medians": statistics.median(rates["ours"]) / statistics.median(rates[peer]),
+        "median_of_ratios": statistics.median(a / b for a, b in zip(rates["ours"], rates[peer], strict=True)),
     }
 
 
@@ -156,10 +163,11 @@ def describe(report: dict[str, Any]) -> str:
             continue
         found = report[part]
         for name, median in found["median_pairs_per_s"].items():
-            lines.append(f"  {part:8}{name:12}{median:9,.0f} pairs/s {found['median_step_ms'][name]:9.1f} ms a step")
-        lines.append(
-            f"  {part:8}ours / {peer}: {found['ratio_of_medians']:.3f} (median of rounds {found['median_of_ratios']:.3f})"
-        )
+            lines.append(f"  {part:8}{name:16}{median:9,.0f} pairs/s {found['median_step_ms'][name]:9.1f} ms a step")
+        for name, ratio in {peer: found, **found["beside"]}.items():
+            lines.append(
+                f"  {part:8}ours / {name}: {ratio['ratio_of_medians']:.3f} (median of rounds {ratio['median_of_ratios']:.3f})"
+            )
         spent = [
             f"{name.removesuffix('_ms')} {ms:.1f}"
             for name, ms in found["ours_ms_a_step"].items()

@@ -1,7 +1,7 @@
-"""One rank of the benchmark: our trainer, a bare DDP loop and open_clip's trainer, in turn, in the same process.
+"""One rank of the benchmark: our trainer, bare loops of DDP and DeepSpeed, and open_clip's trainer, in turn, in the same process.
 
 All have the same architecture, the same optimizer, the same precision and the same batch. Ours runs what train.loop runs in a step, with
-metrics and TensorBoard every LOG_EVERY steps; the bare loop is what a script of twenty lines would be.
+metrics and TensorBoard every LOG_EVERY steps; a bare loop is what a script of twenty lines would be.
 
 `python -m train.bench.contenders SETTINGS.json RESULT.json`, with what a launcher says in the environment.
 """
@@ -32,8 +32,8 @@ from train.data.peers import open_clip_data, open_clip_train_one_epoch
 from train.data.shard_index import ShardIndex, local_tars, prepare_index
 from train.data.tar_stream import TarStream
 from train.distributed import Ranks, barrier, connected
-from train.ds_config import read_ds_config
-from train.engine import Engine
+from train.ds_config import read_ds_config, zero_stage
+from train.engine import Engine, deepspeed_config, initialize_deepspeed
 from train.loop import measurements, timed, train_step
 from train.models.clip_library import open_clip
 from train.models.model import TwoTowers, build_model, build_tokenizer
@@ -123,6 +123,26 @@ class Bare:
                 features = self.model(images, texts)
             self.loss(*features).backward()
             self.optimizer.step()
+            with torch.no_grad():
+                self.scale.clamp_(0, math.log(100))
+
+
+class BareDeepSpeed:
+    """The same model, loss and AdamW in DeepSpeed's own engine, with the JSON as it is: forward, backward, step."""
+
+    def __init__(self, settings: dict[str, Any], ranks: Ranks) -> None:
+        torch.manual_seed(0)
+        towers = TwoTowers(*build_model(ModelConfig(settings["model"])))
+        ds_config = read_ds_config(settings["ds_config"])
+        config = {**ds_config, **deepspeed_config(ds_config, OPTIM, settings["batch_size"], ranks)}
+        self.engine, _ = initialize_deepspeed(towers, config, OPTIM)
+        self.device, self.scale, self.loss = ranks.device, towers.clip.logit_scale, clip_loss(ranks)
+
+    def run(self, batches: Iterator[RankBatch]) -> None:
+        for batch in batches:
+            images, texts = (rows.to(self.device, non_blocking=True) for rows in (batch.image_BCHW, batch.text_BL))
+            self.engine.backward(self.loss(*self.engine(images, texts)))
+            self.engine.step()
             with torch.no_grad():
                 self.scale.clamp_(0, math.log(100))
 
@@ -232,9 +252,11 @@ def batches_in_memory(settings: dict[str, Any], ranks: Ranks, ours: Ours) -> lis
 
 
 def in_memory(settings: dict[str, Any], ranks: Ranks, ours: Ours, note: Callable[[str, float], None]) -> None:
-    """Ours against the bare loop on batches that are in memory; pairs/s of each round to `note`."""
+    """Ours against bare loops on batches that are in memory; pairs/s of each round to `note`."""
     batches = batches_in_memory(settings, ranks, ours)
     contenders = {"ours": ours, "bare_loop": Bare(settings, ranks)}
+    if zero_stage(read_ds_config(settings["ds_config"])):
+        contenders["bare_deepspeed"] = BareDeepSpeed(settings, ranks)
 
     def steps(name: str, count: int) -> Watched:
         watched = Watched(batches[number % len(batches)] for number in range(count))

@@ -17,7 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from train.config import TrainConfig
-from train.ds_config import offload_device, precision, zero_stage
+from train.ds_config import offload_device, precision, reduces_whole, zero_stage
 from train.models.model import TwoTowers, attention_for, build_model
 from train.objectives.towers_and_heads import TowersAndHeads, build_towers, example_inputs, forward_passes, has_teacher
 from train.views import Views
@@ -241,18 +241,19 @@ def _states(
         device[GATHERED] = (width * live if world_size > 1 or "weights" in host else 0) + size.num_buffer_bytes
     away = host if offload_device(ds_config, "optimizer") != "none" else device
     away["optimizer"] = optimizer
-    if stage == 0:
+    if reduces_whole(ds_config):
         # Kept from step to step (train.whole_gradients).
-        device[GRADIENT_BUFFER] = FP32 * size.num_trained
+        device[GRADIENT_BUFFER] = width * size.num_trained
     else:
-        # A step of several micro-batches sums whole gradients before it reduces them once. ZeRO averages into its share and copies that
-        # to fp32. AdamW is fused and needs nothing more.
+        # A step of several micro-batches sums whole gradients before it reduces them once. ZeRO averages into its share.
         device[GRADIENTS] = width * (size.num_trained if stage < 2 or num_chunks > 1 else 0) + width * share
+    if not reduces_whole(ds_config) or width != FP32:
+        # ZeRO copies its share to fp32. AdamW is fused and needs nothing more.
         away[STEP_COPIES] = FP32 * share
     if size.has_teacher:
         # Its average lies as the masters do; what forward uses is whole on every rank.
         device[TEACHER] = width * num_weights + (FP32 * share if stage else 0)
-    if stage:
+    if not reduces_whole(ds_config):
         device["reduce buckets"] = reduce_bytes(size, ds_config, width)
     return {**device, **batch}, host
 
@@ -271,7 +272,7 @@ def _wire(
     """Bytes that a rank sends each step, by rings: of what all ranks hold in the end, each sends a share of (W - 1) / W."""
     stage, kind = zero_stage(ds_config), precision(ds_config)
     width = HALF if kind in ("bf16", "fp16") else FP32
-    halved = size.num_trained_autocast if kind == "torch_autocast" and stage else 0
+    halved = size.num_trained_autocast if kind == "torch_autocast" and not reduces_whole(ds_config) else 0
     gradients = width * (size.num_trained - halved) + HALF * halved
     weights = width * (size.num_trained + size.num_frozen - size.num_small if stage == 3 else size.num_trained)
     # ZeRO-3 gathers for each forward and each backward pass; feature caching has a second forward.
