@@ -208,7 +208,7 @@ def add_to_owners(rows: torch.Tensor, parts: Sequence[torch.Tensor], owned: Sequ
         dist.all_reduce(rows)
         return
     for part, own in zip(parts, owned, strict=True):
-        dist.reduce_scatter_tensor(own, part)
+        dist.reduce_scatter_single(own, part)
 
 
 def summed_over_ranks(
