@@ -48,8 +48,8 @@ def train_step(engine: Engine, config: TrainConfig, batch: RankBatch, rate: floa
     """Forward, loss over all ranks' rows, backward, optimizer step. What is not finite changes nothing.
 
     The loss is the same number on every rank, and so is what a reduced gradient holds, so all skip together. The host reads nothing from
-    the device here, except: DeepSpeed reads norms before it steps with offload or fp16 (ds_configs/README.md); a batch that does not say how
-    many rows each rank has makes the losses ask. Collective: every rank calls.
+    the device here, except: DeepSpeed reads norms before it steps with offload or fp16 (ds_configs/README.md); a batch that does not say
+    how many rows each rank has makes the losses ask. Collective: every rank calls.
     """
     if not config.objective.towers_alone:
         return objective_train_step(engine, config, batch, rate)
