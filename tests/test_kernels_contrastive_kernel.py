@@ -125,7 +125,7 @@ def test_a_direction_of_the_hinge_that_is_off_has_no_statistics(row_hinge, colum
 @interpreted
 def test_only_what_is_wanted_is_computed(want):
     from kernels.contrastive import launches
-    from kernels.rows.kernel import Weights
+    from kernels.rows.strips import Weights
 
     x_BD, y_GD, settings = gradient_inputs((20, 37, 4, 9, 1), torch.float64)
     names = ("want_x", "want_y", "want_scale")
@@ -142,14 +142,14 @@ def test_only_what_is_wanted_is_computed(want):
 @interpreted
 def test_strips_change_no_result_beyond_rounding():
     from kernels.contrastive import launches
-    from kernels.rows import kernel as rows_kernel
+    from kernels.rows import strips
 
     x_BD, y_GD, forward = sweep_inputs((45, 99, 9, 11, 3), torch.float64)
     _, _, backward = gradient_inputs((45, 99, 9, 11, 3), torch.float64)
     whole = launches.forward_sweep(x_BD, y_GD, **forward)
     gradients = launches.gradient_sweep(x_BD, y_GD, **backward)
-    strips = {"STRIP_ROWS": 16, "STRIP_COLUMNS": 32}
-    with mock.patch.object(launches, "FORWARD_STRIP", 32), mock.patch.multiple(rows_kernel, **strips):
+    sizes = {"STRIP_ROWS": 16, "STRIP_COLUMNS": 32}
+    with mock.patch.object(launches, "FORWARD_STRIP", 32), mock.patch.multiple(strips, **sizes):
         assert_same_statistics(launches.forward_sweep(x_BD, y_GD, **forward), whole, 1e-12)
         for value, expected in zip(launches.gradient_sweep(x_BD, y_GD, **backward), gradients, strict=True):
             torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-13)

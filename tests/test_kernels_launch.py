@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from kernels import launch
-from kernels.rows.kernel import STRIP_COLUMNS, STRIP_ROWS, product_blocks
+from kernels.rows.kernel import product_blocks
+from kernels.rows.strips import STRIP_COLUMNS, STRIP_ROWS
 from tests.interpreted import interpreted
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

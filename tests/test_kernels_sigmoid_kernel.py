@@ -29,10 +29,10 @@ def definition(x_BD, y_GD, scale: float, bias: float, offset: int) -> list[torch
 
 
 def kernel_results(x_BD, y_GD, scale: float, bias: float, offset: int, **settings) -> list[torch.Tensor]:
-    from kernels.rows import kernel as rows_kernel
+    from kernels.rows import strips
     from kernels.sigmoid import launches
 
-    with mock.patch.multiple(rows_kernel, **SMALL_STRIPS):
+    with mock.patch.multiple(strips, **SMALL_STRIPS):
         total = launches.negative_sum(x_BD, y_GD, scale=scale, bias=bias, offset=offset)
         wanted = dict.fromkeys(("want_x", "want_y", "want_scalars"), True) | settings
         sweep = launches.gradient_sweep(x_BD, y_GD, scale=scale, bias=bias, offset=offset, **wanted)
@@ -186,10 +186,10 @@ def test_same_bits_on_every_run_and_inputs_untouched():
 
 @interpreted
 def test_memory_beside_results_does_not_grow_with_the_batch():
-    from kernels.rows import kernel as rows_kernel
-    from kernels.rows.kernel import Weights
+    from kernels.rows import strips
+    from kernels.rows.strips import Weights
 
-    with mock.patch.multiple(rows_kernel, **SMALL_STRIPS):
+    with mock.patch.multiple(strips, **SMALL_STRIPS):
         sizes = [
             Weights.scratch(
                 "sigmoid_weights", torch.empty(num, 8), torch.empty(2 * num, 8), "interpreter", "precise"

@@ -46,7 +46,7 @@ def launches_without_a_gpu(monkeypatch):
         monkeypatch.setattr(f"kernels.contrastive.launches.{name}", NoKernel())
     for name in ("negative_sum_kernel", "sigmoid_weights_kernel"):
         monkeypatch.setattr(f"kernels.sigmoid.launches.{name}", NoKernel())
-    monkeypatch.setattr("kernels.rows.kernel.add_products_kernel", NoKernel())
+    monkeypatch.setattr("kernels.rows.strips.add_products_kernel", NoKernel())
     for module in ("kernels.contrastive.launches", "kernels.sigmoid.launches"):
         monkeypatch.setattr(f"{module}.require_triton", lambda *_: None)
         monkeypatch.setattr(f"{module}.chip_of", lambda *_: "sm_90")

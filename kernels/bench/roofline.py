@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kernels.bench.chips import CHIPS, Chip
-from kernels.rows.kernel import STRIP_COLUMNS, STRIP_ROWS
+from kernels.rows.strips import STRIP_COLUMNS, STRIP_ROWS
 
 # Kernel -> how many products make its tile, and whether weights of the tile go to memory.
 TILE_KERNELS = {

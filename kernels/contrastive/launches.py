@@ -15,9 +15,10 @@ from kernels.contrastive.blockwise import SHARED_EXPONENT_RANGE, Hinges, Statist
 from kernels.contrastive.kernel import merge_kernel, statistics_kernel, weights_kernel
 from kernels.contrastive.settings import merge_settings, statistics_name, statistics_settings, weights_settings
 from kernels.launch import blocks_for, chip_of, num_blocks, require_triton
-from kernels.rows.kernel import Weights, aligned_rows, first_columns, strips
+from kernels.rows.kernel import aligned_rows, first_columns
 from kernels.rows.precision import accumulation_dtype
 from kernels.rows.scalars import device_scalar
+from kernels.rows.strips import Weights, strips
 
 # A strip of the forward sweep: parts of 16 bytes for every row and column of a tile, 96 MiB at most, and launches
 # long enough to hide the processor's work between them.

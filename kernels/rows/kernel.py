@@ -1,14 +1,13 @@
 """Triton pieces that sweeps share: a tile of cosines, and the product of stored gradient weights with rows.
 
 A gradient sweep goes strip by strip: one kernel of the operation writes the strip's weights (gradients by the cosines)
-to scratch memory, `add_products` multiplies them with rows. Every element of a result belongs to one program of a
+to scratch memory, `add_products` multiplies them with rows (`strips`). Every element of a result belongs to one program of a
 launch, and strips follow one another, so the same bits come out on every run.
 
 Shape letters in comments: `I` rows of x, `J` rows of y, `D` embedding. Row numbers inside a tile and cells inside a
 strip are int32, everything that grows with the batch is int64.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +20,6 @@ from torch import Tensor
 from kernels.launch import INTERPRETER, Blocks, Specialisation, blocks_for
 from kernels.rows.precision import accumulation_dtype
 
-# Rows of x and of y whose weights exist at once: 128 MiB for two 16-bit halves, and enough output tiles to fill a GPU.
-# The strip's rows of x and y, 24 MiB at D = 1024, stay in the second-level cache meanwhile.
-STRIP_ROWS = 4096
-STRIP_COLUMNS = 8192
 # Of numbers in a row: a compiler knows of such rows that every one starts where a wide load may.
 WIDTH_MULTIPLE = 16
 TRITON_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
@@ -100,6 +95,7 @@ def cosine_tile(
 
 @triton.jit
 def _halves(tile, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
+    """A tile's columns in two parts."""
     return tl.split(tl.permute(tl.reshape(tile, (BLOCK_I, 2, BLOCK_J // 2)), (0, 2, 1)))
 
 
@@ -114,6 +110,7 @@ def quarters(tile, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
 
 @triton.jit
 def _rounded(weight, dtype: tl.constexpr, INTERPRET: tl.constexpr):
+    """To the nearest number of the dtype, on the interpreter too."""
     # The interpreter cuts bfloat16 off where a GPU rounds to nearest even; of a number without the bits that it cuts
     # off, nothing is lost.
     if INTERPRET and dtype == tl.bfloat16:
@@ -134,6 +131,24 @@ def store_weights(
     tl.store(high_ptr + first + cells, high)
     if SPLIT:
         tl.store(low_ptr + first + cells, _rounded(weight - high.to(weight.dtype), high.dtype, INTERPRET))
+
+
+@triton.jit
+def _add_in_quarters(
+    total, out_ptr, first, num_out, dim, EVEN: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Adds this program's columns of `total` to the rows of `out` from `first` on."""
+    i_offsets = tl.arange(0, BLOCK_I)
+    out_ptr += first * dim
+    parts = quarters(total, BLOCK_I, BLOCK_D)
+    for part in tl.static_range(4):
+        d_part = tl.program_id(0) * BLOCK_D + part * (BLOCK_D // 4) + tl.arange(0, BLOCK_D // 4)
+        out_cells = i_offsets[:, None] * dim + d_part[None, :]
+        out_mask = (i_offsets < num_out - first)[:, None]
+        if not EVEN:
+            out_mask = out_mask & (d_part < dim)[None, :]
+        before = tl.load(out_ptr + out_cells, mask=out_mask, other=0.0)
+        tl.store(out_ptr + out_cells, before + parts[part], mask=out_mask)
 
 
 @triton.jit(do_not_specialize=["num_out", "num_inner"])
@@ -195,16 +210,7 @@ def add_products_kernel(
         rows_ptr += BLOCK_K * dim
         high_ptr += step
         low_ptr += step
-    out_ptr += first * dim
-    parts = quarters(total, BLOCK_I, BLOCK_D)
-    for part in tl.static_range(4):
-        d_part = tl.program_id(0) * BLOCK_D + part * (BLOCK_D // 4) + tl.arange(0, BLOCK_D // 4)
-        out_cells = i_offsets[:, None] * dim + d_part[None, :]
-        out_mask = (i_offsets < num_out - first)[:, None]
-        if not EVEN:
-            out_mask = out_mask & (d_part < dim)[None, :]
-        before = tl.load(out_ptr + out_cells, mask=out_mask, other=0.0)
-        tl.store(out_ptr + out_cells, before + parts[part], mask=out_mask)
+    _add_in_quarters(total, out_ptr, first, num_out, dim, EVEN, BLOCK_I, BLOCK_D)
 
 
 def aligned_rows(rows_ND: Tensor) -> Tensor:
@@ -217,13 +223,6 @@ def aligned_rows(rows_ND: Tensor) -> Tensor:
 def first_columns(rows_ND: Tensor | None, width: int) -> Tensor | None:
     """What belongs to the rows before `aligned_rows`; None stays None."""
     return None if rows_ND is None else rows_ND[:, :width].contiguous()
-
-
-def strips(num_x: int, num_y: int) -> Iterator[tuple[slice, slice]]:
-    """Rows of x and of y, strip by strip, in the order that fixes the bits of every sum."""
-    for i0 in range(0, num_x, STRIP_ROWS):
-        for j0 in range(0, num_y, STRIP_COLUMNS):
-            yield slice(i0, min(i0 + STRIP_ROWS, num_x)), slice(j0, min(j0 + STRIP_COLUMNS, num_y))
 
 
 def tile_settings(kernel: str, chip: str, dtype: torch.dtype, dim: int) -> dict[str, Any]:
@@ -261,54 +260,6 @@ def product_settings(
         "BLOCK_D": blocks.columns,
         "BLOCK_K": blocks.depth,
     }
-
-
-@dataclass
-class Weights:
-    """Scratch memory for one strip's weights: [rows, columns], padded to whole tiles; `low` is `high` unless split."""
-
-    high: Tensor
-    low: Tensor
-    chip: str
-    gradient_operand: str
-
-    @classmethod
-    def scratch(cls, kernel: str, x_BD: Tensor, y_GD: Tensor, chip: str, gradient_operand: str) -> "Weights":
-        """For the strips of x_BD and y_GD, whose weights `kernel` writes in whole tiles."""
-        dtype, dim = x_BD.dtype, x_BD.shape[1]
-        blocks, products = blocks_for(kernel, chip, dtype, dim), product_blocks(chip, dtype, dim)
-        # Summed over, an axis is read as far as it was written; otherwise in blocks, whose surplus is not stored.
-        shape = [
-            triton.cdiv(min(len(rows), most), max(tile, products.rows)) * max(tile, products.rows)
-            for rows, most, tile in ((x_BD, STRIP_ROWS, blocks.rows), (y_GD, STRIP_COLUMNS, blocks.columns))
-        ]
-        numerics = numerics_for(dtype, chip, gradient_operand)
-        high = x_BD.new_empty(shape, dtype=numerics.weights)
-        return cls(high, torch.empty_like(high) if numerics.split else high, chip, gradient_operand)
-
-    @property
-    def stride(self) -> int:
-        return self.high.stride(0)
-
-    def add_products(self, rows_KD: Tensor, out_ID: Tensor, *, transposed: bool) -> None:
-        """out_ID += weights @ rows_KD, or the transposed weights, in place; out_ID in the accumulation dtype."""
-        dim = rows_KD.shape[1]
-        settings = product_settings(self.chip, rows_KD.dtype, dim, self.gradient_operand, transposed)
-        blocks = product_blocks(self.chip, rows_KD.dtype, dim)
-        grid = (triton.cdiv(dim, blocks.columns), triton.cdiv(len(out_ID), blocks.rows))
-        add_products_kernel[grid](
-            self.high,
-            self.low,
-            rows_KD,
-            out_ID,
-            len(out_ID),
-            len(rows_KD),
-            dim,
-            self.stride,
-            **settings,
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
-        )
 
 
 def product_specialisations(chip: str, dtype: torch.dtype, dim: int) -> list[Specialisation]:

@@ -1,7 +1,7 @@
 """The Triton kernels of the sigmoid loss over rows `x` and `y`, positives left out; `launches` makes sweeps of them.
 
 A program forms one tile of logits; its sums leave it as float64, one number for a program, and its gradient weights go
-through scratch memory (`kernels.rows.kernel`). Row i of `x` is the partner of row `offset + i` of `y`.
+through scratch memory (`kernels.rows.strips`). Row i of `x` is the partner of row `offset + i` of `y`.
 """
 
 from typing import Any
@@ -60,20 +60,10 @@ def _logit_tile(
     column = tl.program_id(0).to(tl.int64) * BLOCK_J
     i_offsets, j_offsets = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_J)
     # Beyond the last row the last one is read again, and not counted.
-    cosine = cosine_tile(
-        x_ptr + row * dim,
-        y_ptr + column * dim,
-        tl.minimum(i_offsets, num_x - row - 1).to(tl.int32),
-        tl.minimum(j_offsets, num_y - column - 1).to(tl.int32),
-        dim,
-        EVEN,
-        ACC,
-        PRECISION,
-        INTERPRET,
-        BLOCK_I,
-        BLOCK_J,
-        BLOCK_D,
-    )
+    x_ptr, y_ptr = x_ptr + row * dim, y_ptr + column * dim
+    i_rows = tl.minimum(i_offsets, num_x - row - 1).to(tl.int32)
+    j_rows = tl.minimum(j_offsets, num_y - column - 1).to(tl.int32)
+    cosine = cosine_tile(x_ptr, y_ptr, i_rows, j_rows, dim, EVEN, ACC, PRECISION, INTERPRET, BLOCK_I, BLOCK_J, BLOCK_D)
     bias = tl.where(j_offsets < num_y - column, tl.load(scalars_ptr + 1), float("-inf"))
     logit = cosine * tl.load(scalars_ptr) + bias[None, :]
     # Outside the tile where no row has its partner inside.
@@ -84,11 +74,13 @@ def _logit_tile(
 
 @triton.jit
 def _total(values, is_row):
+    """Sum over the rows that exist, of rows in float64."""
     return tl.sum(tl.where(is_row, tl.sum(values, 1), 0.0).to(tl.float64), 0)
 
 
 @triton.jit
 def _program_number():
+    """Of this program in the launch, its tiles counted row by row."""
     return tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from kernels.launch import blocks_for, chip_of, num_blocks, require_triton
-from kernels.rows.kernel import Weights, aligned_rows, first_columns, strips
+from kernels.rows.kernel import aligned_rows, first_columns
 from kernels.rows.precision import accumulation_dtype
 from kernels.rows.scalars import device_scalar
+from kernels.rows.strips import Weights, strips
 from kernels.sigmoid.kernel import negative_sum_kernel, sigmoid_weights_kernel, sum_settings, weight_settings
 
 

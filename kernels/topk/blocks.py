@@ -16,7 +16,8 @@ from kernels.launch import chip_of, require_triton
 from kernels.rows.kernel import aligned_rows, numerics_for
 from kernels.rows.precision import accumulation_dtype
 from kernels.topk.exclusion import ExclusionCount
-from kernels.topk.kernel import NO_COLUMN, Launch, launch_sweep
+from kernels.topk.kernel_tile import NO_COLUMN
+from kernels.topk.launches import Launch, launch_sweep
 from kernels.topk.operands import check_rows
 from kernels.topk.problem import NEAR, GroupPair, Problem
 from kernels.topk.search import Answer, exact_score, search_all

@@ -10,7 +10,6 @@ Shape letters: `Q` queries, `N` base rows of the block, `C` causes, `P` parts of
 a tile's queries and base rows.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,61 +20,11 @@ from torch import Tensor
 from kernels.launch import Specialisation, blocks_for
 from kernels.rows.kernel import TRITON_DTYPES, aligned_arguments, cosine_tile, tile_settings
 from kernels.rows.precision import accumulation_dtype
-from kernels.topk.problem import CAUSES
+from kernels.topk.kernel_tile import FIRST_MARKER, count_marked, mark, mark_near, score, store_entries
 
-# Enough programs for two on every multiprocessor of the largest chips.
-PROGRAMS = 320
 # Of a program of `exact_kernel`.
 EXACT_ENTRIES, EXACT_DEPTH, EXACT_WARPS = 16, 128, 4
-# Stored in place of a bound: to be decided exactly against the ceilings.
-OPEN = -1.0
-NO_COLUMN = 2**31 - 1
 FLAGS = ("IMAGE_GROUP", "TEXT_GROUP", "IMAGE_CEILING", "TEXT_CEILING", "VALID")
-NOWHERE = tl.constexpr(NO_COLUMN)
-IS_OPEN = tl.constexpr(OPEN)
-NUM_CAUSES = tl.constexpr(len(CAUSES))
-# In place of an excluded entry's image cosine: this for the first cause, twice that for the next, and so on; -inf for
-# what is no candidate and does not count. Above MARKED lie cosines.
-FIRST_MARKER = tl.constexpr(-(2.0**100))
-MARKED = tl.constexpr(-(2.0**99))
-
-
-@triton.jit
-def _score(image, text):
-    return tl.maximum(image, 0.0) * tl.maximum(text, 0.0)
-
-
-@triton.jit
-def _mark(image, found, marker: tl.constexpr):
-    """The marker in place of the image cosine of entries that are found, and not marked yet."""
-    return tl.where(found & (image > MARKED), marker, image)
-
-
-@triton.jit
-def _count_marked(image, columns, excluded_ptr, lowest_ptr, out, pitch, mask):
-    """Adds a tile's marked entries to the counts of their causes, and to the lowest column of each."""
-    # In memory, and in a loop that is not unrolled: registers would be held in tiles that exclude nothing, too.
-    marker = FIRST_MARKER
-    for _ in range(NUM_CAUSES):
-        found = image == marker
-        total = tl.load(excluded_ptr + out, mask=mask, other=0) + tl.sum(found.to(tl.int32), 1)
-        lowest = tl.load(lowest_ptr + out, mask=mask, other=0)
-        lowest = tl.minimum(lowest, tl.min(tl.where(found, columns[None, :], NOWHERE), 1))
-        # Rows are a program's own, but several of its threads may hold the same one.
-        tl.debug_barrier()
-        tl.store(excluded_ptr + out, total, mask=mask)
-        tl.store(lowest_ptr + out, lowest, mask=mask)
-        tl.debug_barrier()
-        excluded_ptr += pitch
-        lowest_ptr += pitch
-        marker *= 2
-
-
-@triton.jit
-def _first_kept(image, text, threshold, columns):
-    """Of each query: the first column that may reach the threshold, or is open (an image cosine of inf)."""
-    kept = (_score(image, text) >= threshold[:, None]) | (image == float("inf"))
-    return tl.min(tl.where(kept, columns[None, :], NOWHERE), 1)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_columns", "part_columns", "capacity"])
@@ -119,6 +68,7 @@ def sweep_kernel(
 ):
     """Entries of program (i, p)'s queries with part p of the columns: columns_ptr and upper_ptr [Q, P, M], count_ptr
     [Q, P] counts those that find no place too; excluded_ptr and lowest_ptr [C, Q, P]."""
+    TILE: tl.constexpr = (ACC, PRECISION, INTERPRET, BLOCK_I, BLOCK_J, BLOCK_D)
     part = tl.program_id(1).to(tl.int64)
     i_first = tl.program_id(0).to(tl.int64) * BLOCK_I
     i_offsets, j_offsets = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_J)
@@ -157,46 +107,22 @@ def sweep_kernel(
         j_count = tl.minimum(end - j_first, BLOCK_J)
         j_mask, j_rows = j_offsets < j_count, tl.minimum(j_offsets, j_count - 1)
         columns = j_first + j_offsets
-        image = cosine_tile(
-            query_image_ptr,
-            base_image_ptr,
-            i_rows,
-            j_rows,
-            image_dim,
-            IMAGE_EVEN,
-            ACC,
-            PRECISION,
-            INTERPRET,
-            BLOCK_I,
-            BLOCK_J,
-            BLOCK_D,
-        )
-        text = cosine_tile(
-            query_text_ptr,
-            base_text_ptr,
-            i_rows,
-            j_rows,
-            text_dim,
-            TEXT_EVEN,
-            ACC,
-            PRECISION,
-            INTERPRET,
-            BLOCK_I,
-            BLOCK_J,
-            BLOCK_D,
-        )
+        image = cosine_tile(query_image_ptr, base_image_ptr, i_rows, j_rows, image_dim, IMAGE_EVEN, *TILE)
+        text = cosine_tile(query_text_ptr, base_text_ptr, i_rows, j_rows, text_dim, TEXT_EVEN, *TILE)
         image += image_error[:, None]
         text += text_error[:, None]
         present = j_mask
         if VALID:
             present = j_mask & (tl.load(valid_ptr + j_first + j_offsets, mask=j_mask, other=0) != 0)
-        relevant = _score(image, text) >= threshold[:, None]
+        relevant = score(image, text) >= threshold[:, None]
         if IMAGE_GROUP:
             image_group = tl.load(base_image_group_ptr + j_first + j_offsets, mask=j_mask, other=0)
-            relevant = relevant | (query_image_group[:, None] == image_group[None, :])
+            same_image = query_image_group[:, None] == image_group[None, :]
+            relevant = relevant | same_image
         if TEXT_GROUP:
             text_group = tl.load(base_text_group_ptr + j_first + j_offsets, mask=j_mask, other=0)
-            relevant = relevant | (query_text_group[:, None] == text_group[None, :])
+            same_text = query_text_group[:, None] == text_group[None, :]
+            relevant = relevant | same_text
         if IMAGE_CEILING:
             relevant = relevant | (image > image_ceiling)
         if TEXT_CEILING:
@@ -206,107 +132,19 @@ def sweep_kernel(
             other = present[None, :] & i_mask[:, None] & (columns[None, :] != own_column[:, None])
             image = tl.where(other, image, float("-inf"))
             if IMAGE_GROUP:
-                image = _mark(image, query_image_group[:, None] == image_group[None, :], FIRST_MARKER)
+                image = mark(image, same_image, FIRST_MARKER)
             if TEXT_GROUP:
-                image = _mark(image, query_text_group[:, None] == text_group[None, :], 2 * FIRST_MARKER)
-            if IMAGE_CEILING:
-                image = _mark(image, image - 2 * image_error[:, None] > image_ceiling, 4 * FIRST_MARKER)
-                image = tl.where(image > image_ceiling, float("inf"), image)
-            if TEXT_CEILING:
-                # Under which cause an entry counts is open while the earlier cause is.
-                near = (text - 2 * text_error[:, None] > text_ceiling) & (image < float("inf"))
-                image = _mark(image, near, 8 * FIRST_MARKER)
-                image = tl.where((text > text_ceiling) & (image > MARKED), float("inf"), image)
+                image = mark(image, same_text, 2 * FIRST_MARKER)
+            image = mark_near(
+                image, text, image_error, text_error, image_ceiling, text_ceiling, IMAGE_CEILING, TEXT_CEILING
+            )
             if IMAGE_GROUP or TEXT_GROUP or IMAGE_CEILING or TEXT_CEILING:
-                _count_marked(image, columns, excluded_ptr + first_out, lowest_ptr + first_out, out, pitch, i_mask)
-            # One entry of every query at a time: few queries have a second one, and nothing else is as small.
-            column = _first_kept(image, text, threshold, columns)
-            while tl.min(column, 0) < NOWHERE:
-                is_chosen = columns[None, :] == column[:, None]
-                value = tl.where(image == float("inf"), IS_OPEN, _score(image, text))
-                value = tl.max(tl.where(is_chosen, value, float("-inf")), 1)
-                stored = (column < NOWHERE) & (count < capacity)
-                tl.store(columns_ptr + first_place + count, column, mask=stored)
-                tl.store(upper_ptr + first_place + count, value, mask=stored)
-                count += (column < NOWHERE).to(tl.int32)
-                image = tl.where(is_chosen, float("-inf"), image)
-                column = _first_kept(image, text, threshold, columns)
+                count_marked(image, columns, excluded_ptr + first_out, lowest_ptr + first_out, out, pitch, i_mask)
+            count = store_entries(count, image, text, threshold, columns, columns_ptr, upper_ptr, first_place, capacity)
         base_image_ptr += BLOCK_J * image_dim
         base_text_ptr += BLOCK_J * text_dim
 
     tl.store(count_ptr + first_out + out, count, mask=i_mask)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One launch's results: columns and upper bounds [Q, P, M], entries of each part [Q, P], exclusions [C, Q, P]."""
-
-    columns: Tensor
-    upper: Tensor
-    count: Tensor
-    excluded: Tensor
-    lowest: Tensor
-
-    @classmethod
-    def empty(cls, num_queries: int, num_parts: int, capacity: int, dtype: torch.dtype, device: torch.device):
-        integers = {"dtype": torch.int32, "device": device}
-        cells, parts = (num_queries, num_parts, capacity), (num_queries, num_parts)
-        return cls(
-            torch.empty(cells, **integers),
-            torch.empty(cells, dtype=dtype, device=device),
-            torch.empty(parts, **integers),
-            torch.zeros(len(CAUSES), *parts, **integers),
-            torch.full((len(CAUSES), *parts), NO_COLUMN, **integers),
-        )
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.columns, self.upper, self.count, self.excluded, self.lowest
-
-
-def launch_sweep(
-    queries: list[Tensor],
-    base: list[Tensor],
-    rows: Tensor,
-    ceilings: tuple[float, float],
-    own_Q: Tensor,
-    query_groups: list[Tensor | None],
-    base_groups: list[Tensor | None],
-    valid_N: Tensor | None,
-    capacity: int,
-    chip: str,
-) -> Launch:
-    """One launch. queries, base: image and text, contiguous. rows: [3, Q] in the accumulation dtype, threshold above 0
-    and both cosines' errors. own_Q: int32, the query's own column or -1. Groups int32 or None."""
-    dims = [rows_ND.shape[1] for rows_ND in base]
-    num_queries, num_columns = len(queries[0]), len(base[0])
-    limits = [ceiling if ceiling < 1 else None for ceiling in ceilings]
-    optional = (*query_groups, *limits, valid_N)
-    flags = dict(zip(FLAGS, (value is not None for value in optional), strict=True))
-    settings = sweep_settings(chip, queries[0].dtype, *dims, **flags)
-    num_row_blocks = triton.cdiv(num_queries, settings["BLOCK_I"])
-    part_blocks = triton.cdiv(num_columns, settings["BLOCK_J"] * triton.cdiv(PROGRAMS, num_row_blocks))
-    part_columns = part_blocks * settings["BLOCK_J"]
-    grid = (num_row_blocks, triton.cdiv(num_columns, part_columns))
-    found = Launch.empty(num_queries, grid[1], capacity, rows.dtype, rows.device)
-    # Stands for what the kernel does not read.
-    nothing = own_Q
-    sweep_kernel[grid](
-        *queries,
-        *base,
-        rows,
-        torch.tensor(ceilings, dtype=rows.dtype, device=rows.device),
-        own_Q,
-        *(nothing if group is None else group for group in (*query_groups, *base_groups)),
-        nothing if valid_N is None else valid_N.to(torch.int8),
-        *found.tensors(),
-        num_queries,
-        num_columns,
-        part_columns,
-        *dims,
-        capacity,
-        **settings,
-    )
-    return found
 
 
 def sweep_settings(chip: str, dtype: torch.dtype, image_dim: int, text_dim: int, **flags: bool) -> dict[str, Any]:
