@@ -78,6 +78,10 @@ class Job:
             raise ValueError(
                 "helip_compat reproduces the released ranking as it is; leave out false_negative_margin and hub_cap"
             )
+        if recall_rows < 1 and not choice.searches_exactly:
+            raise ValueError(
+                f"recall_sample={recall_rows} rows would measure nothing; give at least 1, or search exactly (--exact)"
+            )
         tail_N = lowest_alignment(store, noise_alignment_quantile)
         parameters = {**asdict(limits), "noise_alignment_quantile": noise_alignment_quantile, **choice.parameters()}
         parameters |= pruning.parameters()

@@ -145,6 +145,10 @@ def test_help_lists_commands_and_flags(capsys):
         (("search", "--embeding", "x"), "does not know --embeding; did you mean --embeddings?"),
         (("search", "--embeddings", "{e}", "--out", "{p}", "--k", "0"), "k=0"),
         (("search", "--embeddings", "{e}", "--out", "{p}", "--floor", "1"), "floor=1"),
+        (
+            ("search", "--embeddings", "{e}", "--out", "{p}", "--backend", "faiss", "--recall-sample", "0"),
+            "recall_sample=0",
+        ),
         (("search", "--embeddings", "{e}", "--out", "{p}", "--hub-cap", "0"), "hub_cap=0"),
         (("search", "--embeddings", "{e}", "--out", "{p}", "--false-negative-margin", "0"), "share no space"),
         (("append", "--pairs", "{written}", "--embeddings", "{e}", "--out", "{p}"), "is not exact"),
