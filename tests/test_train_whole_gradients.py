@@ -164,7 +164,8 @@ def same_flags(rank: int, world_size: int, other: str) -> str:
     config = TrainConfig(threads=rank)
     if other == "flags" and rank == 1:
         config = replace(config, seed=7)
-    ds_config = {"zero_optimization": {"stage": int(other == "json" and rank == 1)}}
+    drive = {"device": "nvme", "nvme_path": f"/drive-of-node-{rank}"}
+    ds_config = {"zero_optimization": {"stage": int(other == "json" and rank == 1), "offload_optimizer": drive}}
     try:
         check_ranks_agree(config, ds_config, SimpleNamespace(rank=rank))
     except ValueError as error:

@@ -29,7 +29,7 @@ from train.ds_config import (
     reduces_whole,
     without_host_reads,
 )
-from train.models.architecture import quiet_root_logger
+from train.models.architecture import quiet_libraries
 from train.models.model import SCALARS, attention_for
 from train.models.running_statistics import statistics_of_first_pass
 from train.objectives.teacher import Teacher
@@ -395,7 +395,7 @@ def without_compiler() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_deepspeed() -> Iterator[None]:
-    """Keep DeepSpeed's narration to warnings, set before its import since it logs while importing."""
+    """DeepSpeed says nothing below an error, set before its import since it logs while importing."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    with quiet_root_logger():
+    with quiet_libraries():
         yield

@@ -11,7 +11,7 @@ from pathlib import Path
 from mining.command_line import parse, run
 from mining.manifest import MANIFEST_NAME
 from train.data.pair_store import REJECTED_NAME, SHARDS_FOLDER, PairStore
-from train.ingest.commits import Commits
+from train.ingest.commits import NUM_THREADS, Commits
 from train.ingest.config import IngestConfig, check_config, parameters_of
 from train.ingest.finish import describe_rejected, finish_store, in_order_of_frequency, remove_fragment_files
 from train.ingest.numbering import Numbering, fragment_at
@@ -122,7 +122,7 @@ def make_fragments(
     shards = config.out / SHARDS_FOLDER
     missing = [job for job in jobs if not fragment_folder(shards, job[0]).is_dir()]
     number_on = numbering.advance if numbering else lambda: None
-    with disk_errors_explained(config.out), Commits(config.workers, number_on) as commits:
+    with disk_errors_explained(config.out), Commits(NUM_THREADS, number_on) as commits:
         number_on()
         run_on_shards(
             # Not the plan itself: it would travel to the workers with every shard.

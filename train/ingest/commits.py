@@ -13,6 +13,8 @@ from mining.manifest import commit_folder
 from train.ingest.worker import Written
 
 AHEAD_PER_THREAD = 2
+# Threads only wait for the disk, which takes several syncs for hardly more time than one.
+NUM_THREADS = 8
 
 
 class Commits:

@@ -104,7 +104,7 @@ def create_model(name: str, *, device: str = "cpu", patch_dropout: float | None 
     config = architecture(name)
     keywords = {"precision": "fp32", "device": device, "force_patch_dropout": patch_dropout}
     # open_clip builds on the CPU and then moves; without memory means from the start.
-    with quiet_root_logger(), torch.device("meta") if device == "meta" else contextlib.nullcontext():
+    with quiet_libraries(), torch.device("meta") if device == "meta" else contextlib.nullcontext():
         if name not in _brought:
             return open_clip.create_model(name, nonscalar_logit_scale=True, **keywords)
         with tempfile.TemporaryDirectory() as folder:
@@ -149,8 +149,8 @@ def first_merges(vocabulary_size: int) -> bytes:
 
 
 @contextlib.contextmanager
-def quiet_root_logger() -> Iterator[None]:
-    """open_clip narrates on the root logger, DeepSpeed on one of its own; a user of a whole program needs neither."""
+def quiet_libraries() -> Iterator[None]:
+    """Nothing below an error is logged: open_clip narrates on the root logger, DeepSpeed on one of its own."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

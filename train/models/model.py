@@ -28,7 +28,7 @@ from train.models.architecture import (
     first_merges,
     has_own_merges,
     prepare_libraries,
-    quiet_root_logger,
+    quiet_libraries,
     tokenizer_of,
 )
 from train.models.clip_library import PreprocessCfg, open_clip
@@ -188,7 +188,7 @@ def _load_published(path: Path, device: str | torch.device, name: str) -> Loaded
 def _read_model(folder: Path) -> tuple[torch.nn.Module, PreprocessCfg]:
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     prepare_libraries(config["model_cfg"])
-    with quiet_root_logger():
+    with quiet_libraries():
         model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, nonscalar_logit_scale=True)
     state_dict = load_file(folder / WEIGHTS_FILE)
     for scalar in SCALARS:

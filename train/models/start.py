@@ -18,7 +18,7 @@ from train.models.architecture import (
     architecture,
     create_model,
     differences,
-    quiet_root_logger,
+    quiet_libraries,
     remember_architecture,
 )
 from train.models.clip_library import PreprocessCfg, open_clip
@@ -150,7 +150,7 @@ def check_tag(config: ModelConfig) -> None:
 def load_by_open_clip(config: ModelConfig) -> tuple[torch.nn.Module, PreprocessCfg]:
     """Weights that open_clip knows by a tag, downloaded by it, or that it alone can read."""
     try:
-        with quiet_root_logger():
+        with quiet_libraries():
             model = open_clip.create_model(
                 config.name,
                 pretrained=config.pretrained,

@@ -31,6 +31,7 @@ FREE_FIELDS = {
 FREE_DATA_FIELDS = {"workers", "shard_index", "cache"}
 # What a node may have of its own.
 FIELDS_OF_A_NODE, DATA_FIELDS_OF_A_NODE = {"ds_config", "device", "threads"}, {"workers", "cache"}
+DEEPSPEED_FIELDS_OF_A_NODE = {"nvme_path"}
 # What `identity` of a data set says that decides its content.
 DATA_IDENTITY = ("store_fingerprint", "shards_fingerprint", "pairs_fingerprint")
 
@@ -74,11 +75,19 @@ def check_ranks_agree(config: TrainConfig, ds_config: dict[str, Any], ranks: Ran
     """
     settings = {name: value for name, value in asdict(config).items() if name not in FIELDS_OF_A_NODE}
     settings["data"] = {name: value for name, value in settings["data"].items() if name not in DATA_FIELDS_OF_A_NODE}
-    digest = zlib.crc32(json.dumps([to_json(settings), ds_config], sort_keys=True).encode())
+    digest = zlib.crc32(json.dumps([to_json(settings), _without_own_drives(ds_config)], sort_keys=True).encode())
     if from_main(digest) != digest:
         raise ValueError(
             f"rank {ranks.rank} has other flags than rank 0, or another DeepSpeed JSON; start all ranks with the same command"
         )
+
+
+def _without_own_drives(ds_config: Any) -> Any:
+    if not isinstance(ds_config, dict):
+        return ds_config
+    return {
+        key: _without_own_drives(value) for key, value in ds_config.items() if key not in DEEPSPEED_FIELDS_OF_A_NODE
+    }
 
 
 def to_json(value: Any) -> Any:
