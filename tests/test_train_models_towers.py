@@ -204,7 +204,7 @@ def statistics_of_a_step(
     image_BD, *_ = towers(torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8), torch.randint(1, 8000, (3, 24)))
     if through_engine:
         backward = SimpleNamespace(backward=lambda loss: loss.backward())
-        engine = SimpleNamespace(device=torch.device("cpu"), module=towers, engine=backward, whole_gradients=None)
+        engine = SimpleNamespace(device=torch.device("cpu"), module=towers, engine=backward, _reduces_once=False)
         Engine._backward(engine, image_BD.sum())
     else:
         image_BD.sum().backward()

@@ -26,7 +26,7 @@ from train.main import ROOT, run_training  # isort: skip
 from mining.command_line import parse, run
 from mining.manifest import MANIFEST_NAME
 from train.config import TrainConfig
-from train.ds_config import MEMORY_KEYS, read_ds_config
+from train.ds_config import MEMORY_KEYS, read_ds_config, without_host_reads
 from train.local_ranks import free_port
 from train.records.run_manifest import CONFIG_NAME, code_state, package_versions, read_starts
 
@@ -166,7 +166,10 @@ def config_differences(manifest: Mapping[str, Any]) -> list[str]:
     recorded = {key: value for key, value in manifest["deepspeed"].items() if key in MEMORY_KEYS}
     if not Path(path).is_file():
         return [f"{path} is gone"]
-    return [] if read_ds_config(path) == recorded else [f"{path} is not what the run used: {json.dumps(recorded)}"]
+    now = read_ds_config(path)
+    # Runs of earlier versions handed it to DeepSpeed as it is.
+    same = recorded in (now, without_host_reads(now))
+    return [] if same else [f"{path} is not what the run used: {json.dumps(recorded)}"]
 
 
 def data_differences(manifest: Mapping[str, Any]) -> list[str]:

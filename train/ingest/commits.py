@@ -43,8 +43,10 @@ class Commits:
     def __enter__(self) -> "Commits":
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         try:
-            self._collect(0)
+            # An error on its way out is older than what is still pending, and stays the one that is raised.
+            if kind is None:
+                self._collect(0)
         finally:
-            self._threads.shutdown(cancel_futures=True)
+            self._threads.shutdown()
